@@ -1,0 +1,97 @@
+"""Builds a visual memory: read, encode, write shards, index, publish.
+
+python -m pipelines.build --config CONFIG [--set KEY=VALUE ...] [Beam options]
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from functools import partial
+
+import apache_beam as beam
+from rich.console import Console
+
+from pipelines import running
+from pipelines.embedding import EmbedSplits
+from vm_core import building, config, summary
+from vm_core.building import BuildConfig, BuildPlan
+from vm_core.memory import Memory
+from vm_core.records import Embedded, shard_of
+from vm_core.sources import Split
+
+
+def define_pipeline(
+    root: beam.Pipeline, plan: BuildPlan, splits: Sequence[tuple[int, Split]]
+) -> None:
+    """Adds a planned build to a pipeline: tests and production runs execute the same graph."""
+    shards = plan.config.shards
+    finished = building.finished_shards(plan)
+    missing = frozenset(range(shards)) - finished.keys()
+    embedded = (
+        root
+        | "Splits" >> beam.Create(splits if missing else [])
+        | "Spread" >> beam.Reshuffle()
+        | "Embed" >> beam.ParDo(EmbedSplits(plan.embedding, shards, _wanted(missing, shards)))
+        | "Missing" >> beam.Filter(lambda part: part[0] in missing)
+    )
+    # A shard that no image falls into is written all the same: every one has its files.
+    empty = root | "Shards" >> beam.Create([(shard, Embedded.nothing()) for shard in missing])
+    written = (
+        (embedded, empty)
+        | "Gather" >> beam.Flatten()
+        | "GroupByShard" >> beam.GroupByKey()
+        | "WriteShards" >> beam.MapTuple(partial(building.write_shard_files, plan))
+    )
+    done = root | "Finished" >> beam.Create(list(finished.values()))
+    entries = (written, done) | "AllShards" >> beam.Flatten() | "List" >> beam.combiners.ToList()
+    partitions = (
+        entries
+        | "Partition" >> beam.FlatMap(lambda some: building.plan_partitions(plan, some))
+        | "SpreadPartitions" >> beam.Reshuffle()
+        | "Index" >> beam.MapTuple(partial(building.build_partition, plan))
+        | "ListPartitions" >> beam.combiners.ToList()
+    )
+    _ = partitions | "Publish" >> beam.Map(
+        partial(building.publish, plan), beam.pvalue.AsSingleton(entries)
+    )
+
+
+def _wanted(missing: frozenset[int], shards: int) -> partial[bool] | None:
+    return None if len(missing) == shards else partial(_is_in, missing, shards)
+
+
+def _is_in(missing: frozenset[int], shards: int, id: str) -> bool:
+    return shard_of(id, shards) in missing
+
+
+def build(configuration: BuildConfig, beam_arguments: Sequence[str] = ()) -> Memory:
+    """Runs a build to its end and opens the published version."""
+    plan, splits = building.plan_build(configuration)
+    images = sum(plan.config.sources[i].expected(split) for i, split in splits)
+    running.run(
+        lambda root: define_pipeline(root, plan, splits),
+        beam_arguments,
+        {"encode": images or None, "write": plan.config.shards, "index": 1},
+    )
+    return Memory(plan.root)
+
+
+def command(arguments: Sequence[str]) -> None:
+    """visual-memory build"""
+    parser = argparse.ArgumentParser(
+        prog="visual-memory build",
+        description="Reads images, encodes them, writes shards and an index, publishes a version.",
+        epilog=running.EPILOG,
+    )
+    parser.add_argument("--config", required=True, help="YAML file that describes the build")
+    running.add_set_option(parser)
+    options, beam_arguments = parser.parse_known_args(arguments)
+    running.check_beam_arguments(beam_arguments)
+    configuration = config.load(BuildConfig, options.config, options.set)
+    Console().print(summary.of_build(build(configuration, beam_arguments)))
+
+
+if __name__ == "__main__":
+    sys.exit(running.main(command))

@@ -1,0 +1,48 @@
+"""What became of one split, kept until its build is published, so that no image is encoded twice."""
+
+from __future__ import annotations
+
+import io
+import json
+
+import pyarrow as pa
+
+from vm_core import storage
+from vm_core.records import Embedded, EmbeddingBlock, Rejected, strings
+
+
+def write(path: str, embedded: Embedded) -> None:
+    """Writes an Arrow file, atomically."""
+    block = embedded.block
+    columns = {
+        "id": pa.array(block.ids, pa.string()),
+        "label": pa.array(block.labels, pa.int64()),
+        "source": pa.array(block.sources, pa.string()),
+        "vector": pa.FixedSizeListArray.from_arrays(block.vectors.ravel(), block.vectors.shape[1])
+        if len(block)
+        else pa.array([], pa.list_(pa.float32(), 1)),
+    }
+    if block.thumbnails is not None:
+        columns["thumbnail"] = pa.array(block.thumbnails, pa.binary())
+    table = pa.table(columns).replace_schema_metadata({"rejected": json.dumps(embedded.rejected)})
+    sink = io.BytesIO()
+    with pa.ipc.new_file(sink, table.schema) as writer:
+        writer.write_table(table)
+    storage.write_bytes(path, sink.getvalue())
+
+
+def read(path: str) -> Embedded:
+    table = pa.ipc.open_file(storage.read_bytes(path)).read_all().combine_chunks()
+    vectors = table["vector"].combine_chunks()
+    thumbnails = None
+    if "thumbnail" in table.column_names:
+        thumbnails = strings(table["thumbnail"].to_pylist())
+    block = EmbeddingBlock(
+        ids=strings(table["id"].to_pylist()),
+        labels=table["label"].to_numpy(),
+        sources=strings(table["source"].to_pylist()),
+        vectors=vectors.flatten().to_numpy().reshape(len(table), -1 if len(table) else 1),
+        thumbnails=thumbnails,
+    )
+    rejected = json.loads(table.schema.metadata[b"rejected"])
+    return Embedded(block, tuple(Rejected(*item) for item in rejected))

@@ -1,0 +1,125 @@
+"""Class keys, names and labels.
+
+A class key is what the data calls a class: a folder's name, a label in a table. Its
+label is the integer that every array holds.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from vm_core import storage
+from vm_core.errors import VisualMemoryError
+from vm_core.records import PADDING, UNKNOWN
+
+
+@dataclass(frozen=True)
+class ClassTable:
+    """The classes of a memory: ``labels[i]`` is the label of ``keys[i]``, called ``names[i]``.
+
+    With no keys, labels are the integers that the data itself carries, and any
+    non-negative one is valid.
+    """
+
+    keys: tuple[str, ...] = ()
+    names: tuple[str, ...] = ()
+    labels: tuple[int, ...] = field(default=())
+
+    @staticmethod
+    def from_keys(
+        keys_of_sources: Iterable[Sequence[str] | None], names: Mapping[str, str]
+    ) -> ClassTable:
+        """Numbers the classes of several sources; None stands for plain integer labels.
+
+        Keys that are all integers are their own labels; otherwise labels count the
+        sorted keys from 0. Integer labels beside named classes raise VisualMemoryError.
+        """
+        keys_of_sources = list(keys_of_sources)
+        keys = sorted({key for keys in keys_of_sources for key in keys or ()})
+        integers = all(_is_label(key) for key in keys)
+        if None in keys_of_sources and not integers:
+            raise VisualMemoryError(
+                f"one source has plain integer labels, another has named classes ({keys[0]!r}, "
+                "...): they cannot be matched. Give the first the option class_list, a file "
+                "with one class key a line"
+            )
+        if None in keys_of_sources:
+            return ClassTable()
+        labels = [int(key) for key in keys] if integers else list(range(len(keys)))
+        order = sorted(range(len(keys)), key=labels.__getitem__)
+        return ClassTable(
+            tuple(keys[i] for i in order),
+            tuple(names.get(keys[i], keys[i]) for i in order),
+            tuple(labels[i] for i in order),
+        )
+
+    @cached_property
+    def _label_of(self) -> dict[str, int]:
+        return dict(zip(self.keys, self.labels, strict=True))
+
+    @cached_property
+    def _name_of(self) -> dict[int, str]:
+        return dict(zip(self.labels, self.names, strict=True))
+
+    def label(self, key: str) -> int:
+        """The label of a class key, or UNKNOWN."""
+        if not self.keys and _is_label(key):
+            return int(key)
+        return self._label_of.get(key, UNKNOWN)
+
+    def name(self, label: int) -> str:
+        """What to call a label in tables and reports."""
+        if label == PADDING:
+            return "(no neighbour)"
+        if label == UNKNOWN:
+            return "(class not in the memory)"
+        return self._name_of.get(label, str(label))
+
+    def to_parquet(self) -> bytes:
+        table = pa.table(
+            {
+                "label": pa.array(self.labels, pa.int64()),
+                "key": pa.array(self.keys, pa.string()),
+                "name": pa.array(self.names, pa.string()),
+            }
+        )
+        sink = io.BytesIO()
+        pq.write_table(table, sink)
+        return sink.getvalue()
+
+    @staticmethod
+    def read(path: str) -> ClassTable:
+        table = pq.read_table(io.BytesIO(storage.read_bytes(path)))
+        return ClassTable(
+            *(tuple(table.column(name).to_pylist()) for name in ("key", "name", "label"))
+        )
+
+
+def read_class_list(path: str) -> dict[str, str]:
+    """Class names by class key, in the file's order.
+
+    One class a line, as ImageNet's lists have it: the key, then, if it is to be shown
+    by another name, white space and the name.
+    """
+    names: dict[str, str] = {}
+    for number, line in enumerate(storage.read_bytes(path).decode().splitlines(), 1):
+        if not line.strip():
+            continue
+        key, *name = line.strip().split(maxsplit=1)
+        if key in names:
+            raise VisualMemoryError(
+                f"class list {path}, line {number}: the class key {key!r} stands there twice. "
+                "Give every class one line"
+            )
+        names[key] = name[0] if name else key
+    return names
+
+
+def _is_label(key: str) -> bool:
+    return key.isascii() and key.isdigit() and str(int(key)) == key and len(key) <= 18

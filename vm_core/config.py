@@ -1,0 +1,73 @@
+"""Configuration files: YAML, one file a run, with single values set on the command line."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
+
+import yaml
+
+from vm_core import plugins, storage
+from vm_core.errors import VisualMemoryError
+
+C = TypeVar("C", bound=plugins.Settings)
+
+
+def load(
+    model: type[C],
+    path: str | None,
+    overrides: Sequence[str] = (),
+    options: Mapping[str, Any] | None = None,
+) -> C:
+    """Reads a YAML file, sets options, then ``key=value`` overrides, and validates the whole.
+
+    A key with dots goes deeper (``index.kind=exact``), a number picks from a list
+    (``sources.0.path=/data``); a value is YAML. Raises VisualMemoryError.
+    """
+    settings = (_read(path) if path else {}) | dict(options or {})
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if not equals or not key:
+            raise VisualMemoryError(
+                f"--set {override!r} is not KEY=VALUE. Write for example --set encoder.batch_size=64"
+            )
+        _set(settings, key, yaml.safe_load(value))
+    return plugins.validate(model, settings, f"configuration {path}" if path else "options")
+
+
+def _read(path: str) -> dict[str, Any]:
+    if not storage.exists(path):
+        raise VisualMemoryError(f"configuration {path!r} does not exist. Give a YAML file")
+    try:
+        settings = yaml.safe_load(storage.read_bytes(path))
+    except yaml.YAMLError as error:
+        raise VisualMemoryError(f"configuration {path!r} is not valid YAML: {error}") from error
+    if not isinstance(settings, dict):
+        raise VisualMemoryError(f"configuration {path!r} must hold KEY: VALUE lines")
+    return settings
+
+
+def _set(settings: Any, key: str, value: Any) -> None:
+    *parents, last = key.split(".")
+    place = settings
+    for parent in parents:
+        if isinstance(place, list):
+            place = place[_position(place, parent, key)]
+        else:
+            place = place.setdefault(parent, {})
+        if not isinstance(place, dict | list):
+            raise VisualMemoryError(
+                f"--set {key}: {parent} is a single value, nothing is inside it"
+            )
+    if isinstance(place, list):
+        place[_position(place, last, key)] = value
+    else:
+        place[last] = value
+
+
+def _position(items: list[Any], text: str, key: str) -> int:
+    if not text.isdigit() or int(text) >= len(items):
+        raise VisualMemoryError(
+            f"--set {key}: {text!r} must be a position from 0 to {len(items) - 1} in a list"
+        )
+    return int(text)

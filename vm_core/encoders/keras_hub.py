@@ -1,0 +1,75 @@
+"""Backbones of keras-hub: DINOv2, CLIP and others, from a folder or a hub."""
+
+from __future__ import annotations
+
+import os
+from typing import Any, Literal
+
+from vm_core.encoders import Embed, Encoder, digest_files
+from vm_core.errors import VisualMemoryError
+from vm_core.images import Preprocessing
+
+_IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+_CLIP = {
+    "mean": (0.48145466, 0.4578275, 0.40821073),
+    "std": (0.26862954, 0.26130258, 0.27577711),
+}
+
+PREPROCESSING = {
+    "dinov2": Preprocessing(resize=256, crop=224, **_IMAGENET),
+    "clip": Preprocessing(resize=224, crop=224, **_CLIP),
+}
+"""What each family was trained with (arXiv 2304.07193, arXiv 2103.00020)."""
+
+
+class Plugin(Encoder):
+    """A keras-hub preset: a local folder, or a handle such as ``dinov2_small``.
+
+    ``family`` sets how images are preprocessed and which output is the embedding:
+    the class token of dinov2, the projected image embedding of clip.
+    """
+
+    kind: Literal["keras_hub"] = "keras_hub"
+    family: Literal["dinov2", "clip"]
+
+    def effective_preprocessing(self) -> Preprocessing:
+        given = "preprocessing" in self.model_fields_set
+        return self.preprocessing if given else PREPROCESSING[self.family]
+
+    def model_digest(self) -> str:
+        if os.path.isdir(self.path):
+            return digest_files(self.path, lambda name: name.endswith((".json", ".h5")))
+        return self.path
+
+    def load(self) -> Embed:
+        # Keras reads its backend once, when it is first imported.
+        os.environ.setdefault("KERAS_BACKEND", "tensorflow")
+        try:
+            import keras_hub
+        except ImportError as error:
+            raise VisualMemoryError(
+                f"encoder {self.path!r} needs keras-hub, which is not installed. Run: "
+                "pip install 'visual-memory[keras]'"
+            ) from error
+        from vm_core.encoders._tensorflow import compile_embed, has_gpu
+
+        dtype = "float32"
+        if self.precision == "mixed":
+            dtype = "mixed_float16" if has_gpu() else "mixed_bfloat16"
+        try:
+            backbone = keras_hub.models.Backbone.from_preset(self.path, dtype=dtype)
+        except (ValueError, OSError) as error:
+            raise VisualMemoryError(
+                f"encoder: keras-hub cannot load the preset {self.path!r}: {error}. Give a preset "
+                "folder, a preset's name, or a kaggle:// or hf:// handle"
+            ) from error
+        return compile_embed(
+            lambda images: self._embedding(backbone, images),
+            self.effective_preprocessing(),
+            keep=backbone,
+        )
+
+    def _embedding(self, backbone: Any, images: Any) -> Any:
+        if self.family == "clip":
+            return backbone.get_vision_embeddings(images)
+        return backbone({"images": images}, training=False)[:, 0]

@@ -1,0 +1,377 @@
+"""The steps of an evaluation, as plain functions of a plan. Beam only strings them together.
+
+splits -> embed_split, by_shard -> evaluate_shard -> merge -> write_results
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+from pydantic import Field, SerializeAsAny, field_validator, model_validator
+
+from vm_core import plugins, sources, storage
+from vm_core.classes import ClassTable
+from vm_core.embedding import EmbedPlan, ImageSettings, gather
+from vm_core.encoders import Encoder
+from vm_core.errors import VisualMemoryError
+from vm_core.failures import check_failures, count_reasons, quarantine_table
+from vm_core.gallery import KINDS, Gallery
+from vm_core.index import Partition
+from vm_core.memory import Memory
+from vm_core.metrics import EvaluationMetrics
+from vm_core.neighbors import NEIGHBORS_SCHEMA, Neighbors, from_arrow, to_arrow, write_json
+from vm_core.predictions import PREDICTIONS_SCHEMA, predictions_table
+from vm_core.progress import report
+from vm_core.records import UNKNOWN, Embedded, EmbeddingBlock, unit_interval
+from vm_core.report import render_evaluation
+from vm_core.search import find_neighbors
+from vm_core.shards import read_blocks
+from vm_core.sources import Source
+from vm_core.tables import table_writer, write_table
+from vm_core.voting import VOTERS, VoteParameters
+
+_QUERY_ROWS = 1024
+
+
+class EvaluationConfig(plugins.Settings):
+    """One evaluation of a memory on labelled queries.
+
+    memory, version: what is evaluated; the current version if none is named.
+    queries: sources of images; or embeddings: a glob pattern of embedding shards of the
+    same encoder; or leave_one_out: every item of the memory against all the others.
+    output: a folder for the results. k: neighbours per query. tuning_share: share of
+    the queries that choose k and are not part of the reported accuracy. fixed_k: the
+    k reported besides. headline_voter, headline_k: of the tables per class, the
+    confusion and the calibration. encoder_path: the encoder, if it has moved.
+    """
+
+    memory: str
+    version: str | None = None
+    queries: tuple[SerializeAsAny[Source], ...] = ()
+    embeddings: str | None = None
+    leave_one_out: bool = False
+    output: str
+    k: int = Field(100, ge=1, le=10_000)
+    tuning_share: float = Field(0.2, ge=0, lt=1)
+    fixed_k: tuple[int, ...] = (1, 10, 50, 100)
+    temperature: float = 0.07
+    rank_offset: float = 2.0
+    headline_voter: str = "rank"
+    headline_k: int = Field(10, ge=1)
+    encoder_path: str | None = None
+    images: ImageSettings = ImageSettings()
+    query_shards: int = Field(4, ge=1, le=99_999)
+    max_failure_share: float = Field(0.01, ge=0, le=1)
+
+    @field_validator("queries", mode="before")
+    @classmethod
+    def _queries(cls, value: Any) -> tuple[Source, ...]:
+        if not isinstance(value, list | tuple):
+            raise ValueError("must be a list of sources, each with kind and path")
+        return tuple(sources.parse(each) for each in value)
+
+    @model_validator(mode="after")
+    def _check(self) -> EvaluationConfig:
+        if bool(self.queries) + bool(self.embeddings) + self.leave_one_out != 1:
+            raise ValueError("give one of queries, embeddings and leave_one_out")
+        if self.headline_voter not in VOTERS:
+            raise ValueError(f"headline_voter must be one of {', '.join(VOTERS)}")
+        return self
+
+    @property
+    def vote_parameters(self) -> VoteParameters:
+        return VoteParameters(self.temperature, self.rank_offset)
+
+
+@dataclass(frozen=True)
+class EvaluationPlan:
+    """An evaluation with everything known that can be known before reading a query."""
+
+    config: EvaluationConfig
+    memory: Memory
+    encoder: Encoder
+    output: str
+    fingerprint: str
+
+    @property
+    def embedding(self) -> EmbedPlan:
+        return EmbedPlan(
+            self.config.queries,
+            self.memory.classes,
+            self.encoder,
+            self.config.images,
+            storage.join(self.output, "work", self.fingerprint),
+        )
+
+    def path(self, name: str) -> str:
+        return storage.join(self.output, name)
+
+    def shard_file(self, kind: str, shard: int) -> str:
+        return self.path(f"{kind}-{shard:05d}-of-{self.config.query_shards:05d}.parquet")
+
+
+@dataclass
+class Outcome:
+    """What an evaluation has found so far; outcomes of query shards merge in any order."""
+
+    tuning: EvaluationMetrics
+    test: EvaluationMetrics
+    gallery: Gallery
+    read: int = 0
+    quarantined: int = 0
+    duplicates: int = 0
+    reasons: dict[str, int] = field(default_factory=dict)
+
+    def merge(self, other: Outcome) -> None:
+        self.tuning.merge(other.tuning)
+        self.test.merge(other.test)
+        self.gallery.merge(other.gallery)
+        self.read += other.read
+        self.quarantined += other.quarantined
+        self.duplicates += other.duplicates
+        for reason, count in other.reasons.items():
+            self.reasons[reason] = self.reasons.get(reason, 0) + count
+
+
+def plan_evaluation(config: EvaluationConfig) -> tuple[EvaluationPlan, list[Any]]:
+    """Opens the memory and lists the queries.
+
+    Returns the plan and the work: numbered splits of images, or paths of embedding
+    shards. Raises VisualMemoryError if the queries do not go with the memory.
+    """
+    opened = Memory(config.memory, config.version)
+    encoder = opened.manifest.encoder
+    work: list[Any]
+    if config.queries:
+        encoder = opened.encoder(config.encoder_path)
+        listings = [source.listing() for source in config.queries]
+        work = [(i, split) for i, listing in enumerate(listings) for split in listing.splits]
+        versions = [split.version for _, split in work]
+    elif config.embeddings:
+        files = storage.list_files(storage.absolute(config.embeddings))
+        if not files:
+            raise VisualMemoryError(
+                f"embeddings: no file matches {config.embeddings!r}. Give a glob pattern of "
+                "embedding shards, such as MEMORY/builds/*/embeddings-*.tfrecord"
+            )
+        work = [file.path for file in files]
+        versions = [f"{file.path} {file.size} {file.version}" for file in files]
+    else:
+        work = [opened.path(shard.embeddings) for shard in opened.manifest.shards if shard.embedded]
+        versions = []
+    identity = [opened.manifest.content_digest, config.model_dump(mode="json"), versions]
+    fingerprint = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+    plan = EvaluationPlan(config, opened, encoder, storage.absolute(config.output), fingerprint)
+    return plan, work
+
+
+def read_embeddings(plan: EvaluationPlan, path: str) -> Iterator[Embedded]:
+    """Queries from an embedding shard, their labels translated to those of the memory.
+
+    The shard's own classes are in the file classes.parquet beside it; without one, its
+    labels are taken to be the memory's.
+    """
+    classes = storage.join(path.rpartition("/")[0], "classes.parquet")
+    theirs = ClassTable.read(classes) if storage.exists(classes) else ClassTable()
+    ours = plan.memory.classes
+    translate = {
+        label: ours.label(key) for key, label in zip(theirs.keys, theirs.labels, strict=True)
+    }
+    known = set(ours.labels)
+    for block in read_blocks(path, expected_fingerprint=plan.memory.manifest.encoder_fingerprint):
+        labels = [
+            translate.get(label, UNKNOWN) if translate or (known and label not in known) else label
+            for label in block.labels.tolist()
+        ]
+        report("encode", len(block))
+        yield Embedded(
+            EmbeddingBlock(block.ids, np.array(labels, np.int64), block.sources, block.vectors)
+        )
+
+
+def evaluate_shard(
+    plan: EvaluationPlan,
+    shard: int,
+    parts: Iterable[Embedded],
+    partitions: Callable[[], Iterable[Partition]],
+) -> Outcome:
+    """Searches and votes for one shard of the queries; writes its tables.
+
+    Writes neighbors, predictions and quarantine, each as a Parquet file of this shard,
+    rows in the order of query ids. ``partitions`` opens the memory's index.
+    """
+    gathered, duplicates = gather(parts)
+    outcome = _empty_outcome(plan)
+    outcome.duplicates = duplicates
+    outcome.quarantined = len(gathered.rejected)
+    outcome.read = len(gathered.block) + len(gathered.rejected) + duplicates
+    outcome.reasons = count_reasons(gathered.rejected)
+    write_table(plan.shard_file("quarantine", shard), quarantine_table(gathered.rejected))
+    with (
+        table_writer(plan.shard_file("neighbors", shard), NEIGHBORS_SCHEMA) as neighbors_table,
+        table_writer(plan.shard_file("predictions", shard), PREDICTIONS_SCHEMA) as predictions,
+    ):
+        for start in range(0, len(gathered.block), _QUERY_ROWS):
+            rows = np.arange(start, min(start + _QUERY_ROWS, len(gathered.block)))
+            queries = gathered.block.take(rows)
+            found = find_neighbors(
+                partitions(), queries, plan.config.k, exclude_self=plan.config.leave_one_out
+            )
+            tuning = np.array(
+                [unit_interval(id, "tuning") < plan.config.tuning_share for id in queries.ids]
+            )
+            votes = {voter: np.empty((len(found), found.k), np.int64) for voter in VOTERS}
+            for metrics, chosen in ((outcome.tuning, tuning), (outcome.test, ~tuning)):
+                for voter, result in metrics.add(found.take(chosen)).items():
+                    votes[voter][chosen] = result.predictions
+            neighbors_table.write_table(to_arrow(found))
+            predictions.write_table(predictions_table(found.query_ids, votes))
+            outcome.gallery.add(found.take(~tuning), queries.take(np.flatnonzero(~tuning)))
+            report("search", len(queries))
+    return outcome
+
+
+def merge_outcomes(plan: EvaluationPlan, outcomes: Iterable[Outcome]) -> Outcome:
+    """All outcomes as one, in whatever order they come."""
+    total = _empty_outcome(plan)
+    for outcome in outcomes:
+        total.merge(outcome)
+    return total
+
+
+def summarise(plan: EvaluationPlan, outcome: Outcome) -> dict[str, Any]:
+    """What metrics.json holds. Raises VisualMemoryError if too many queries failed."""
+    check_failures(
+        outcome.read,
+        outcome.quarantined,
+        outcome.reasons,
+        plan.config.max_failure_share,
+        plan.path("quarantine-*.parquet"),
+    )
+    test, tuning = outcome.test.result(), outcome.tuning.result()
+    manifest = plan.memory.manifest
+    chosen = {
+        voter: {"k": k, "accuracy": test["accuracy_at_k"][voter][k - 1]}
+        for voter, k in tuning["best_k"].items()
+    }
+    return {
+        "fingerprint": plan.fingerprint,
+        "memory": {
+            "path": plan.memory.root,
+            "version": manifest.version,
+            "content_digest": manifest.content_digest,
+            "rows": manifest.total("embedded"),
+            "classes": len(manifest.class_counts()),
+            "encoder": manifest.encoder.path,
+            "encoder_fingerprint": manifest.encoder_fingerprint,
+            "index": [partition.index.kind for partition in manifest.partitions],
+        },
+        "queries": {
+            "read": outcome.read,
+            "embedded": outcome.read - outcome.quarantined - outcome.duplicates,
+            "quarantined": outcome.quarantined,
+            "duplicates": outcome.duplicates,
+            "tuning": tuning["queries"],
+            "test": test["queries"],
+        },
+        "leave_one_out": plan.config.leave_one_out,
+        "k": plan.config.k,
+        "fixed_k": [k for k in plan.config.fixed_k if k <= plan.config.k],
+        # k is chosen on queries that are not among those it is reported on.
+        "chosen_k": chosen if tuning["queries"] else None,
+        "test": test,
+        "tuning": tuning if tuning["queries"] else None,
+    }
+
+
+def write_results(plan: EvaluationPlan, outcome: Outcome) -> dict[str, Any]:
+    """Writes metrics.json, accuracy.csv, per_class.csv and report.html; returns the metrics."""
+    results = summarise(plan, outcome)
+    storage.write_bytes(plan.path("accuracy.csv"), _accuracy_csv(results))
+    storage.write_bytes(plan.path("per_class.csv"), _per_class_csv(plan, outcome))
+    examples = {kind: outcome.gallery.examples(kind) for kind in KINDS}
+    shown = {id for kind in KINDS for example in examples[kind] for id in example.neighbor_ids}
+    thumbnails = plan.memory.thumbnails(shown)
+    if plan.config.leave_one_out or plan.config.embeddings:
+        queries = [example.query_id for kind in KINDS for example in examples[kind]]
+        thumbnails.update(plan.memory.thumbnails(queries))
+    page = render_evaluation(results, examples, plan.memory.classes, thumbnails)
+    storage.write_bytes(plan.path("report.html"), page.encode())
+    # Last, since it says that the results are complete.
+    storage.write_bytes(plan.path("metrics.json"), json.dumps(results, indent=1).encode())
+    storage.remove_directory(plan.embedding.checkpoints)
+    return results
+
+
+def finished_results(plan: EvaluationPlan) -> dict[str, Any] | None:
+    """The results of an earlier run of the same evaluation, None if there are none."""
+    path = plan.path("metrics.json")
+    if not storage.exists(path):
+        return None
+    results = json.loads(storage.read_bytes(path))
+    return results if results.get("fingerprint") == plan.fingerprint else None
+
+
+def export_neighbors(plan: EvaluationPlan, path: str) -> None:
+    """Writes the neighbours of all queries as the paper's JSON."""
+    write_json(path, _read_neighbors(plan), featurizer=plan.encoder.path)
+
+
+def _read_neighbors(plan: EvaluationPlan) -> Iterator[Neighbors]:
+    for shard in range(plan.config.query_shards):
+        with storage.open_read(plan.shard_file("neighbors", shard)) as file:
+            for batch in pq.ParquetFile(file).iter_batches(1024):
+                yield from_arrow(batch)
+
+
+def _empty_outcome(plan: EvaluationPlan) -> Outcome:
+    config = plan.config
+    headline = (config.headline_voter, min(config.headline_k, config.k))
+    labels = sorted(plan.memory.manifest.class_counts().keys() | set(plan.memory.classes.labels))
+
+    def metrics() -> EvaluationMetrics:
+        return EvaluationMetrics(
+            config.k, labels, headline=headline, parameters=config.vote_parameters
+        )
+
+    return Outcome(metrics(), metrics(), Gallery(*headline, config.vote_parameters))
+
+
+def _accuracy_csv(results: dict[str, Any]) -> bytes:
+    rows: list[Sequence[Any]] = [("queries", "voter", "k", "accuracy")]
+    for queries in ("tuning", "test"):
+        if results[queries]:
+            for voter, accuracies in results[queries]["accuracy_at_k"].items():
+                rows += [(queries, voter, k, value) for k, value in enumerate(accuracies, 1)]
+    return _csv(rows)
+
+
+def _per_class_csv(plan: EvaluationPlan, outcome: Outcome) -> bytes:
+    """Accuracy of every class at every k, on the test queries."""
+    metrics, classes = outcome.test, plan.memory.classes
+    per_class = metrics.result()["per_class"]
+    rows: list[Sequence[Any]] = [("label", "class", "queries", "voter", "k", "accuracy")]
+    for voter in metrics.voters:
+        accuracy = metrics.class_accuracy_at_k(voter)
+        for column, label in enumerate(metrics.classes.tolist()):
+            if str(label) in per_class:
+                queries = per_class[str(label)]["queries"]
+                rows += [
+                    (label, classes.name(label), queries, voter, k, value)
+                    for k, value in enumerate(accuracy[:, column].tolist(), 1)
+                ]
+    return _csv(rows)
+
+
+def _csv(rows: Iterable[Sequence[Any]]) -> bytes:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    return text.getvalue().encode()

@@ -1,0 +1,51 @@
+"""Unusable inputs: the table they go to, and when they are too many."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+import pyarrow as pa
+
+from vm_core.errors import VisualMemoryError
+from vm_core.records import Rejected
+
+QUARANTINE_SCHEMA = pa.schema(
+    [("id", pa.string()), ("source", pa.string()), ("reason", pa.string())]
+)
+
+
+def quarantine_table(rejected: Sequence[Rejected]) -> pa.Table:
+    """One row per rejected input."""
+    return pa.Table.from_pylist([item._asdict() for item in rejected], QUARANTINE_SCHEMA)
+
+
+def count_reasons(rejected: Sequence[Rejected], most: int = 20) -> dict[str, int]:
+    """How often each of the most frequent reasons occurred."""
+    return dict(Counter(item.reason for item in rejected).most_common(most))
+
+
+def check_failures(
+    read: int, failed: int, reasons: Mapping[str, int], limit: float, tables: str
+) -> None:
+    """Raises VisualMemoryError if nothing was read, or a larger share than ``limit`` failed.
+
+    reasons: counts, most of which the message shows. tables: where quarantine tables are.
+    """
+    if not read:
+        raise VisualMemoryError(
+            "there are no images to read: the sources have none in their configured share"
+        )
+    if failed < read and failed <= limit * read:
+        return
+    frequent = sorted(reasons.items(), key=lambda item: (-item[1], item[0]))[:5]
+    listed = "".join(f"\n  {count:>7,}  {reason}" for reason, count in frequent)
+    remedy = "Mend or remove them"
+    if failed < read:
+        share = min(1.0, int(failed / read * 100 + 1) / 100)
+        remedy += f", or go on without them: --set max_failure_share={share:.2f}"
+    raise VisualMemoryError(
+        f"{failed:,} of {read:,} images ({failed / read:.1%}) are unusable; max_failure_share "
+        f"allows {limit:.1%}. Most frequent reasons:{listed}\nEvery one is listed in "
+        f"{tables}. {remedy}"
+    )

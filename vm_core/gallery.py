@@ -1,0 +1,121 @@
+"""A few queries worth looking at: right, wrong, and undecided ones, with what decided."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from vm_core.neighbors import Neighbors
+from vm_core.records import EmbeddingBlock, unit_interval
+from vm_core.voting import VoteParameters, neighbor_weights, vote
+
+KINDS = ("right", "wrong", "uncertain")
+
+
+@dataclass(frozen=True)
+class Example:
+    """One query with its vote. The neighbours are those that voted, nearest first.
+
+    confidence: the winner's share of all weight, 0 to 1. weights: each neighbour's
+    share of all weight. thumbnail: JPEG bytes, None where none are kept.
+    """
+
+    query_id: str
+    label: int
+    prediction: int
+    confidence: float
+    neighbor_ids: tuple[str, ...]
+    neighbor_labels: tuple[int, ...]
+    distances: tuple[float, ...]
+    weights: tuple[float, ...]
+    thumbnail: bytes | None
+
+
+def explain(
+    block: Neighbors,
+    thumbnails: Iterable[bytes | None],
+    voter: str,
+    k: int,
+    parameters: VoteParameters,
+) -> list[Example]:
+    """The vote on every query of a block, in full."""
+    block = block.first(k)
+    votes = vote(block.labels, block.distances, [voter], parameters, confidences=True)[voter]
+    assert votes.confidences is not None
+    weights = neighbor_weights(voter, block.labels, block.distances, parameters)
+    total = weights.sum(axis=1, keepdims=True)
+    shares = np.divide(weights, total, out=np.zeros_like(weights), where=total > 0)
+    examples = []
+    for row, thumbnail in enumerate(thumbnails):
+        found = int((block.labels[row] >= 0).sum())
+        examples.append(
+            Example(
+                query_id=block.query_ids[row],
+                label=int(block.query_labels[row]),
+                prediction=int(votes.predictions[row, -1]),
+                confidence=float(votes.confidences[row, -1]),
+                neighbor_ids=tuple(block.ids[row, :found]),
+                neighbor_labels=tuple(block.labels[row, :found].tolist()),
+                distances=tuple(block.distances[row, :found].tolist()),
+                weights=tuple(shares[row, :found].tolist()),
+                thumbnail=thumbnail,
+            )
+        )
+    return examples
+
+
+@dataclass
+class Gallery:
+    """Keeps the ``size`` most telling queries of each kind; merging is associative.
+
+    right: a sample by a hash of the id. wrong: the most confident mistakes.
+    uncertain: the least confident votes, right or wrong.
+    """
+
+    voter: str
+    k: int
+    parameters: VoteParameters
+    size: int = 8
+    chosen: dict[str, list[tuple[float, str, Example]]] = field(default_factory=dict)
+
+    def add(self, block: Neighbors, queries: EmbeddingBlock) -> None:
+        """Looks at a block of neighbours; ``queries`` are the same queries, in the same order."""
+        k = min(self.k, block.k)
+        votes = vote(
+            block.labels[:, :k],
+            block.distances[:, :k],
+            [self.voter],
+            self.parameters,
+            confidences=True,
+        )[self.voter]
+        assert votes.confidences is not None
+        confidences = votes.confidences[:, -1]
+        right = votes.predictions[:, -1] == block.query_labels
+        sample = np.array([unit_interval(id, "gallery") for id in block.query_ids])
+        for kind, eligible, score in (
+            ("right", right, sample),
+            ("wrong", ~right, -confidences),
+            ("uncertain", np.ones_like(right), confidences),
+        ):
+            rows = np.flatnonzero(eligible)
+            rows = rows[np.lexsort((block.query_ids[rows].astype(str), score[rows]))][: self.size]
+            pictures = (
+                [None] * len(rows) if queries.thumbnails is None else queries.thumbnails[rows]
+            )
+            examples = explain(block.take(rows), pictures, self.voter, k, self.parameters)
+            scored = zip(score[rows].tolist(), block.query_ids[rows], examples, strict=True)
+            self._keep(kind, list(scored))
+
+    def merge(self, other: Gallery) -> None:
+        for kind, scored in other.chosen.items():
+            self._keep(kind, scored)
+
+    def examples(self, kind: str) -> list[Example]:
+        """The chosen queries of a kind, the most telling first."""
+        return [example for _, _, example in self.chosen.get(kind, [])]
+
+    def _keep(self, kind: str, scored: list[tuple[float, str, Example]]) -> None:
+        both = self.chosen.get(kind, []) + scored
+        self.chosen[kind] = sorted(both, key=lambda item: item[:2])[: self.size]

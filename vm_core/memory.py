@@ -1,0 +1,213 @@
+"""A visual memory on disk: immutable files, one manifest a version, one pointer to the newest.
+
+CURRENT                      the current version's name, swapped atomically
+versions/000001.json         its manifest: everything below, by relative path
+builds/FINGERPRINT/          what one build wrote; FINGERPRINT covers inputs and settings
+  embeddings-00000-of-00004.tfrecord
+  thumbnails-00000-of-00004.parquet
+  quarantine-00000-of-00004.parquet
+  shard-00000-of-00004.json  written last: this shard is complete
+  classes.parquet
+  index-RECIPE/partition-00000/
+work/FINGERPRINT/            checkpoints of an unfinished build
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from typing import Any
+
+import pyarrow.parquet as pq
+from pydantic import BaseModel, SerializeAsAny, field_validator
+
+from vm_core import encoders, index, storage
+from vm_core.classes import ClassTable
+from vm_core.encoders import Encoder
+from vm_core.errors import VisualMemoryError
+from vm_core.index import Index, Partition
+from vm_core.records import shard_of
+
+FORMAT = 1
+
+
+class ShardEntry(BaseModel):
+    """One shard: its files, relative to the memory, with the SHA-256 of each, and counts."""
+
+    embeddings: str
+    files: dict[str, str]
+    thumbnails: str | None
+    quarantine: str
+    bytes: int
+    dimension: int
+    read: int
+    embedded: int
+    quarantined: int
+    duplicates: int
+    class_counts: dict[int, int]
+    source_counts: dict[str, int]
+    reasons: dict[str, int]
+
+
+class PartitionEntry(BaseModel):
+    """One partition of the index. recall: at k, None where the search is exact."""
+
+    folder: str
+    shards: list[str]
+    count: int
+    index: SerializeAsAny[Index]
+    files: dict[str, str]
+    recall: dict[int, float] | None
+
+    @field_validator("index", mode="before")
+    @classmethod
+    def _index(cls, value: Any) -> Index:
+        return index.parse(value)
+
+
+class Manifest(BaseModel):
+    """What a version of a memory consists of."""
+
+    format: int
+    version: str
+    created: str
+    content_digest: str
+    build: str
+    encoder: SerializeAsAny[Encoder]
+    encoder_fingerprint: str
+    dimension: int
+    dtype: str
+    classes: str
+    shards: list[ShardEntry]
+    partitions: list[PartitionEntry]
+    config: dict[str, Any]
+
+    @field_validator("encoder", mode="before")
+    @classmethod
+    def _encoder(cls, value: Any) -> Encoder:
+        return encoders.parse(value)
+
+    def total(self, count: str) -> int:
+        """A count (read, embedded, quarantined, duplicates, bytes) over all shards."""
+        return sum(getattr(shard, count) for shard in self.shards)
+
+    def class_counts(self) -> dict[int, int]:
+        return _add(shard.class_counts for shard in self.shards)
+
+    def source_counts(self) -> dict[str, int]:
+        return _add(shard.source_counts for shard in self.shards)
+
+    def reasons(self) -> dict[str, int]:
+        return _add(shard.reasons for shard in self.shards)
+
+
+class Memory:
+    """An opened version of a memory; the current one unless another is named."""
+
+    def __init__(self, root: str, version: str | None = None):
+        self.root = storage.absolute(root)
+        name = version or current_version(self.root)
+        if name is None:
+            raise VisualMemoryError(
+                f"{root!r} is not a visual memory: it has no file CURRENT. Build one with "
+                f"visual-memory build --config CONFIG --set memory={root}"
+            )
+        path = storage.join(self.root, "versions", f"{name}.json")
+        if not storage.exists(path):
+            raise VisualMemoryError(f"{root!r} has no version {name!r}: {path} does not exist")
+        settings = json.loads(storage.read_bytes(path))
+        if settings.get("format") != FORMAT:
+            raise VisualMemoryError(
+                f"{path} has format {settings.get('format')!r}, this program reads {FORMAT}. "
+                "Build the memory again, or use the release that wrote it"
+            )
+        self.manifest = Manifest.model_validate(settings)
+
+    @cached_property
+    def classes(self) -> ClassTable:
+        return ClassTable.read(self.path(self.manifest.classes))
+
+    def path(self, relative: str) -> str:
+        return storage.join(self.root, relative)
+
+    def open_partition(self, number: int) -> Partition:
+        """Loads one partition of the index, ready to search."""
+        entry = self.manifest.partitions[number]
+        shards = [self.path(shard) for shard in entry.shards]
+        return entry.index.open(shards, self.path(entry.folder))
+
+    def encoder(self, path: str | None = None) -> Encoder:
+        """The encoder for queries, from ``path`` if the model has moved.
+
+        Raises VisualMemoryError if it is not the encoder that the memory was built with.
+        """
+        encoder = self.manifest.encoder
+        if path is not None:
+            encoder = encoder.model_copy(update={"path": path})
+        if encoder.fingerprint() != self.manifest.encoder_fingerprint:
+            raise VisualMemoryError(
+                f"the encoder at {encoder.path!r} has fingerprint {encoder.fingerprint()}, the "
+                f"memory {self.root!r} was built with {self.manifest.encoder_fingerprint}: their "
+                "embeddings cannot be compared. Give the original model with --encoder PATH, or "
+                "build the memory again"
+            )
+        return encoder
+
+    def thumbnails(self, ids: Iterable[str]) -> dict[str, bytes]:
+        """JPEG thumbnails of the given ids, as far as the memory keeps them."""
+        shards = self.manifest.shards
+        wanted: dict[int, list[str]] = {}
+        for id in set(ids):
+            wanted.setdefault(shard_of(id, len(shards)), []).append(id)
+        found: dict[str, bytes] = {}
+        for shard, members in wanted.items():
+            name = shards[shard].thumbnails
+            if name is not None:
+                found.update(read_thumbnails(self.path(name), members))
+        return found
+
+
+def read_thumbnails(path: str, ids: Sequence[str]) -> dict[str, bytes]:
+    """The thumbnails of some ids from one side table."""
+    with storage.open_read(path) as file:
+        table = pq.read_table(file, filters=[("id", "in", list(ids))])
+    return dict(zip(table["id"].to_pylist(), table["jpeg"].to_pylist(), strict=True))
+
+
+def current_version(root: str) -> str | None:
+    """The name of the current version, or None where no memory was published."""
+    pointer = storage.join(root, "CURRENT")
+    return storage.read_bytes(pointer).decode().strip() if storage.exists(pointer) else None
+
+
+def publish(root: str, manifest: Manifest) -> Manifest:
+    """Writes the manifest as the next version and swaps the pointer to it.
+
+    Where the current version has the same content, nothing is written and that version
+    is returned: a repeated attempt publishes once.
+    """
+    current = current_version(root)
+    if current is not None:
+        published = Memory(root).manifest
+        if (published.content_digest, published.build) == (manifest.content_digest, manifest.build):
+            return published
+    number = 1 + max([0, *_version_numbers(root)])
+    manifest = manifest.model_copy(update={"version": f"{number:06d}"})
+    text = manifest.model_dump_json(indent=1)
+    storage.write_bytes(storage.join(root, "versions", f"{manifest.version}.json"), text.encode())
+    storage.write_bytes(storage.join(root, "CURRENT"), f"{manifest.version}\n".encode())
+    return manifest
+
+
+def _version_numbers(root: str) -> list[int]:
+    files = storage.list_files(storage.join(root, "versions", "*.json"))
+    return [int(file.path.rpartition("/")[2].removesuffix(".json")) for file in files]
+
+
+def _add(counts: Iterable[dict[Any, int]]) -> dict[Any, int]:
+    total: dict[Any, int] = {}
+    for each in counts:
+        for key, count in each.items():
+            total[key] = total.get(key, 0) + count
+    return dict(sorted(total.items()))

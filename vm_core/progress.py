@@ -1,0 +1,102 @@
+"""Progress from the workers to the terminal that started them.
+
+Beam shows a local run's counters when it is over. So workers on this machine, threads
+or processes, also send a datagram for every batch to the terminal's socket, whose
+address they find in the environment. Elsewhere there is no address and nothing is sent.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import threading
+from collections.abc import Iterator, Mapping
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
+
+_VARIABLE = "VISUAL_MEMORY_PROGRESS"
+
+
+def report(stage: str, count: int) -> None:
+    """Tells the terminal, if one listens, that a stage has done ``count`` more items."""
+    address = os.environ.get(_VARIABLE)
+    if not address:
+        return
+    host, port = address.split(":")
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender, contextlib.suppress(OSError):
+        sender.sendto(json.dumps([stage, count]).encode(), (host, int(port)))
+
+
+class _Rate(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        return Text(f"{speed:,.0f}/s" if speed else "", style="cyan")
+
+
+@contextlib.contextmanager
+def display(stages: Mapping[str, int | None], console: Console | None = None) -> Iterator[None]:
+    """Shows a bar per stage while the block runs.
+
+    stages: the stage's name and its total number of items, None if not known.
+    """
+    console = console or Console(stderr=True)
+    progress = Progress(
+        TextColumn("{task.description:<8}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        _Rate(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        refresh_per_second=4,
+    )
+    tasks = {
+        stage: progress.add_task(stage, total=total, start=False) for stage, total in stages.items()
+    }
+    receiver = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    receiver.bind(("127.0.0.1", 0))
+    receiver.settimeout(0.2)
+    finished = threading.Event()
+
+    def listen() -> None:
+        while True:
+            try:
+                stage, count = json.loads(receiver.recv(1024))
+            except TimeoutError:
+                if finished.is_set():
+                    return
+                continue
+            except (ValueError, OSError):
+                continue
+            if stage in tasks:
+                if not progress.tasks[tasks[stage]].started:
+                    progress.start_task(tasks[stage])
+                progress.advance(tasks[stage], count)
+
+    os.environ[_VARIABLE] = f"127.0.0.1:{receiver.getsockname()[1]}"
+    listener = threading.Thread(target=listen, daemon=True)
+    listener.start()
+    try:
+        with progress:
+            yield
+            finished.set()
+            listener.join()
+            for task in progress.tasks:  # totals are estimates until all is done
+                progress.update(task.id, total=task.completed)
+    finally:
+        finished.set()
+        del os.environ[_VARIABLE]
+        receiver.close()

@@ -1,0 +1,6 @@
+def render_evaluation(*a):
+    return ""
+
+
+def render_explanations(*a):
+    return ""
