@@ -39,7 +39,7 @@ setup(
     extras_require={
         "gcs": ["apache-beam[gcp]==2.77.*", "gcsfs", "google-cloud-storage"],
         "keras": ["keras-hub==0.32.*", "tensorflow-text==2.20.*"],
-        "dev": ["hypothesis", "mypy", "pytest", "ruff", "tinygrad==0.14.*", "types-PyYAML"],
+        "dev": ["hypothesis", "mypy", "pytest", "ruff", "types-PyYAML", "types-protobuf"],
     },
     entry_points={"console_scripts": ["visual-memory = pipelines.cli:main"]},
 )

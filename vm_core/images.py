@@ -89,7 +89,7 @@ def decode(data: bytes, max_pixels: int = DEFAULT_MAX_PIXELS) -> Image.Image:
     if not data:
         raise BadImage("the file is empty (0 bytes)")
     try:
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
     except Exception as error:  # decoders of untrusted bytes raise anything
         raise BadImage(_unrecognised(data)) from error
     width, height = image.size

@@ -104,8 +104,8 @@ class Embedded:
         return Embedded(EmbeddingBlock.empty())
 
 
-def strings(values: Sequence[str]) -> np.ndarray:
-    """(N,) object array of str; NumPy's own string arrays pad every id to the longest."""
+def strings(values: Sequence[str | bytes | None]) -> np.ndarray:
+    """(N,) object array of the values; NumPy's own string arrays pad every id to the longest."""
     array = np.empty(len(values), dtype=object)
     array[:] = values
     return array

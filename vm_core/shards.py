@@ -41,7 +41,7 @@ from vm_core.records import EmbeddingBlock, strings
 from vm_core.shard_rows import DTYPES, Columns, Layout, Row, decode, parse_row, utf8
 from vm_core.tfrecord import Frames, read_frames, write_records
 
-BLOCK_ROWS = 8192
+BLOCK_ROWS = 4096
 
 
 class ShardSummary(NamedTuple):
@@ -96,7 +96,7 @@ def read_blocks(
 ) -> Iterator[EmbeddingBlock]:
     """The shard in blocks of ``rows`` rows, the last one shorter; none for an empty shard.
 
-    Holds one block and a buffer of 4 MiB, however long the shard is. Errors as in
+    Holds one block and a buffer of 2 MiB, however long the shard is. Errors as in
     ``read_shard``, raised when the reading comes to the fault.
     """
     if rows < 1:

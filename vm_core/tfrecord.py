@@ -26,7 +26,7 @@ import numpy as np
 from vm_core.errors import VisualMemoryError
 
 MAX_RECORD_BYTES = 1 << 28
-CHUNK_BYTES = 1 << 22
+CHUNK_BYTES = 1 << 21  # long reads, short enough that the passes over them find them cached
 
 _HEADER = struct.Struct("<QI")
 _FOOTER = struct.Struct("<I")
@@ -96,7 +96,7 @@ def read_frames(
 ) -> Iterator[Frames]:
     """As ``read_records``, but a buffer of verified records at a time, not yet copied out.
 
-    Holds one buffer of 4 MiB, or of at most twice the longest record.
+    Holds one buffer of 2 MiB, or of at most twice the longest record.
     """
     if compression not in (None, "GZIP"):
         raise VisualMemoryError(

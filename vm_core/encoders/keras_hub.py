@@ -9,15 +9,16 @@ from vm_core.encoders import Embed, Encoder, digest_files
 from vm_core.errors import VisualMemoryError
 from vm_core.images import Preprocessing
 
-_IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
-_CLIP = {
-    "mean": (0.48145466, 0.4578275, 0.40821073),
-    "std": (0.26862954, 0.26130258, 0.27577711),
-}
-
 PREPROCESSING = {
-    "dinov2": Preprocessing(resize=256, crop=224, **_IMAGENET),
-    "clip": Preprocessing(resize=224, crop=224, **_CLIP),
+    "dinov2": Preprocessing(
+        resize=256, crop=224, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)
+    ),
+    "clip": Preprocessing(
+        resize=224,
+        crop=224,
+        mean=(0.48145466, 0.4578275, 0.40821073),
+        std=(0.26862954, 0.26130258, 0.27577711),
+    ),
 }
 """What each family was trained with (arXiv 2304.07193, arXiv 2103.00020)."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -80,12 +80,12 @@ class Plugin(Index):
 
 
 def _search(
-    searcher: object, queries: np.ndarray, k: int, reorder: int, count: int
+    searcher: Any, queries: np.ndarray, k: int, reorder: int, count: int
 ) -> tuple[np.ndarray, np.ndarray]:
     rows = np.full((len(queries), k), -1, np.int64)
     distances = np.full((len(queries), k), np.inf, np.float32)
     found = min(k, count)
-    neighbors, products = searcher.search_batched_parallel(  # type: ignore[attr-defined]
+    neighbors, products = searcher.search_batched_parallel(
         queries, final_num_neighbors=found, pre_reorder_num_neighbors=min(reorder, count)
     )
     # Where the searched leaves hold fewer than k rows ScaNN fills up with row 0 and NaN.
@@ -97,7 +97,7 @@ def _search(
     return np.take_along_axis(rows, order, axis=1), np.take_along_axis(distances, order, axis=1)
 
 
-def _scann() -> object:
+def _scann() -> Any:
     try:
         from scann import scann_ops_pybind
     except ImportError as error:

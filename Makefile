@@ -1,0 +1,38 @@
+# make demo | make demo IMAGES=DIR | make test | make check | make lock
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+IMAGES ?=
+ARGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: venv demo test check lock clean
+
+venv: $(VENV)/complete
+
+# The stamp is written last: an interrupted installation starts again.
+$(VENV)/complete: requirements.lock setup.py
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --require-hashes -r requirements.lock
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	@touch $@
+
+demo: venv
+	$(BIN)/python -m demo $(if $(IMAGES),--images "$(IMAGES)") $(ARGS)
+
+test: venv
+	$(BIN)/python -m pytest
+
+check: venv
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+lock:
+	$(BIN)/python -m pip install --quiet uv
+	$(BIN)/uv pip compile setup.py --extra gcs --extra keras --extra dev --python-version 3.11 \
+	  --generate-hashes --no-emit-index-url --custom-compile-command "make lock" \
+	  --output-file requirements.lock
+
+clean:
+	rm -rf $(VENV) .cache out
