@@ -20,7 +20,6 @@ setup(
         "google-crc32c",
         "ijson",
         "jinja2",
-        "matplotlib",
         "ml-dtypes",
         "numpy>=2",
         "pillow>=12",

@@ -67,8 +67,10 @@ def _is_in(missing: frozenset[int], shards: int, id: str) -> bool:
 
 
 def build(configuration: BuildConfig, beam_arguments: Sequence[str] = ()) -> Memory:
-    """Runs a build to its end and opens the published version."""
+    """Runs a build to its end, unless it is published already, and opens that version."""
     plan, splits = building.plan_build(configuration)
+    if building.is_published(plan):
+        return Memory(plan.root)
     images = sum(plan.config.sources[i].expected(split) for i, split in splits)
     running.run(
         lambda root: define_pipeline(root, plan, splits),

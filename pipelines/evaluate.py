@@ -107,9 +107,9 @@ def evaluate(
     plan, work = evaluation.plan_evaluation(configuration)
     results = evaluation.finished_results(plan)
     if results is None:
-        known = sum(
-            plan.config.queries[i].expected(split) for i, split in work if plan.config.queries
-        )
+        known = 0
+        if plan.config.queries:
+            known = sum(plan.config.queries[i].expected(split) for i, split in work)
         running.run(
             lambda root: define_pipeline(root, plan, work),
             beam_arguments,
@@ -125,7 +125,7 @@ def command(arguments: Sequence[str]) -> None:
     """visual-memory evaluate"""
     parser = argparse.ArgumentParser(
         prog="visual-memory evaluate",
-        description="Classifies labelled queries with a memory: neighbours, votes, metrics, report.",
+        description="Classifies labelled queries: neighbours, votes, metrics, report.",
         epilog=running.EPILOG,
     )
     parser.add_argument("--config", help="YAML file; the options below override it")

@@ -8,9 +8,10 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Literal
 
@@ -139,6 +140,17 @@ def finished_shards(plan: BuildPlan) -> dict[int, ShardEntry]:
     return finished
 
 
+def is_published(plan: BuildPlan) -> bool:
+    """Whether the current version of the memory is the result of this very plan."""
+    if memory.current_version(plan.root) is None:
+        return False
+    manifest = memory.Memory(plan.root).manifest
+    return manifest.build == plan.fingerprint and all(
+        partition.index == plan.config.index.choose(partition.count)
+        for partition in manifest.partitions
+    )
+
+
 def write_shard_files(plan: BuildPlan, shard: int, parts: Iterable[Embedded]) -> ShardEntry:
     """Writes one shard and its side tables; the marker that says so comes last.
 
@@ -148,12 +160,7 @@ def write_shard_files(plan: BuildPlan, shard: int, parts: Iterable[Embedded]) ->
     block, rejected = gathered.block, gathered.rejected
     files: dict[str, str] = {}
     embeddings = plan.shard_file("embeddings", shard, "tfrecord")
-    summary = write_shard(
-        plan.path(embeddings),
-        replace(block, thumbnails=None),
-        plan.encoder_fingerprint,
-        plan.config.dtype,
-    )
+    summary = write_shard(plan.path(embeddings), block, plan.encoder_fingerprint, plan.config.dtype)
     files[embeddings] = summary.sha256
     thumbnails = None
     if plan.config.images.thumbnail_pixels:
@@ -267,8 +274,17 @@ def publish(
     )
     published = memory.publish(plan.root, manifest)
     storage.remove_directory(plan.path(f"work/{plan.fingerprint}"))
+    _remove_leftovers(plan.path(plan.folder))
     logging.info("published version %s of %s", published.version, plan.root)
     return published
+
+
+def _remove_leftovers(folder: str) -> None:
+    """Removes what attempts that were killed left under temporary names."""
+    paths = (file.path[len(folder) :] for file in storage.walk(folder))
+    found = (re.match(r".*?\.incomplete-[^/]*", path) for path in paths)
+    for leftover in sorted({match[0] for match in found if match}):
+        storage.remove_directory(folder + leftover)
 
 
 def _digest(value: Any) -> str:

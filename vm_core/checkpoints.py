@@ -1,4 +1,4 @@
-"""What became of one split, kept until its build is published, so that no image is encoded twice."""
+"""What became of one split, kept until its build is published: no image is encoded twice."""
 
 from __future__ import annotations
 

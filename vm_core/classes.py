@@ -108,7 +108,14 @@ def read_class_list(path: str) -> dict[str, str]:
     by another name, white space and the name.
     """
     names: dict[str, str] = {}
-    for number, line in enumerate(storage.read_bytes(path).decode().splitlines(), 1):
+    try:
+        text = storage.read_bytes(path).decode("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise VisualMemoryError(
+            f"class list {path!r} cannot be read: {error}. Give a UTF-8 text file with one class "
+            "a line"
+        ) from error
+    for number, line in enumerate(text.splitlines(), 1):
         if not line.strip():
             continue
         key, *name = line.strip().split(maxsplit=1)
@@ -122,4 +129,4 @@ def read_class_list(path: str) -> dict[str, str]:
 
 
 def _is_label(key: str) -> bool:
-    return key.isascii() and key.isdigit() and str(int(key)) == key and len(key) <= 18
+    return key.isascii() and key.isdigit() and len(key) <= 18 and str(int(key)) == key

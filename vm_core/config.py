@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -24,19 +25,23 @@ def load(
     A key with dots goes deeper (``index.kind=exact``), a number picks from a list
     (``sources.0.path=/data``); a value is YAML. Raises VisualMemoryError.
     """
-    settings = (_read(path) if path else {}) | dict(options or {})
+    settings = (_read(path) if path else {}) | copy.deepcopy(dict(options or {}))
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals or not key:
             raise VisualMemoryError(
-                f"--set {override!r} is not KEY=VALUE. Write for example --set encoder.batch_size=64"
+                f"--set {override!r} is not KEY=VALUE. Write for example "
+                "--set encoder.batch_size=64"
             )
-        _set(settings, key, yaml.safe_load(value))
+        try:
+            _set(settings, key, yaml.safe_load(value))
+        except yaml.YAMLError as error:
+            raise VisualMemoryError(f"--set {override!r}: not valid YAML: {error}") from error
     return plugins.validate(model, settings, f"configuration {path}" if path else "options")
 
 
 def _read(path: str) -> dict[str, Any]:
-    if not storage.exists(path):
+    if not storage.exists(path) or storage.is_directory(path):
         raise VisualMemoryError(f"configuration {path!r} does not exist. Give a YAML file")
     try:
         settings = yaml.safe_load(storage.read_bytes(path))
@@ -54,7 +59,9 @@ def _set(settings: Any, key: str, value: Any) -> None:
         if isinstance(place, list):
             place = place[_position(place, parent, key)]
         else:
-            place = place.setdefault(parent, {})
+            if place.get(parent) is None:  # not there, or left empty in the file
+                place[parent] = {}
+            place = place[parent]
         if not isinstance(place, dict | list):
             raise VisualMemoryError(
                 f"--set {key}: {parent} is a single value, nothing is inside it"
@@ -66,7 +73,9 @@ def _set(settings: Any, key: str, value: Any) -> None:
 
 
 def _position(items: list[Any], text: str, key: str) -> int:
-    if not text.isdigit() or int(text) >= len(items):
+    if not items:
+        raise VisualMemoryError(f"--set {key}: the list is empty. Set it as a whole: LIST=[...]")
+    if not text.isdecimal() or int(text) >= len(items):
         raise VisualMemoryError(
             f"--set {key}: {text!r} must be a position from 0 to {len(items) - 1} in a list"
         )

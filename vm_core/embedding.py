@@ -15,6 +15,7 @@ import numpy as np
 from vm_core import checkpoints, plugins, storage
 from vm_core.classes import ClassTable
 from vm_core.encoders import Embed, Encoder
+from vm_core.errors import VisualMemoryError
 from vm_core.images import DEFAULT_MAX_PIXELS, BadImage, PreparedImage, prepare
 from vm_core.progress import report
 from vm_core.records import (
@@ -219,6 +220,8 @@ def _prepare_ahead(
             reason = str(error)
         except OSError as error:
             reason = f"the file cannot be read: {error.strerror or error}"
+        except (ValueError, VisualMemoryError) as error:  # a path that no file can have
+            reason = f"the file cannot be read: {error}"
         return Rejected(record.id, record.source, reason)
 
     waiting: deque[Future] = deque()

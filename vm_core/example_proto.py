@@ -167,9 +167,9 @@ def _example_class() -> Any:
     message = descriptor_pb2.FieldDescriptorProto.TYPE_MESSAGE
 
     for kind, name in (("BYTES", "BytesList"), ("FLOAT", "FloatList"), ("INT64", "Int64List")):
-        number = descriptor_pb2.FieldDescriptorProto.Type.Value(f"TYPE_{kind}")
+        type_of_value = descriptor_pb2.FieldDescriptorProto.Type.Value(f"TYPE_{kind}")
         values = file.message_type.add(name=name)
-        values.field.add(name="value", number=1, label=repeated, type=number)
+        values.field.add(name="value", number=1, label=repeated, type=type_of_value)
 
     feature = file.message_type.add(name="Feature")
     feature.oneof_decl.add(name="kind")

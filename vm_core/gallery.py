@@ -13,6 +13,9 @@ from vm_core.voting import VoteParameters, neighbor_weights, vote
 
 KINDS = ("right", "wrong", "uncertain")
 
+# By true class: score, query id and example, the best score first.
+_Chosen = dict[int, list[tuple[float, str, "Example"]]]
+
 
 @dataclass(frozen=True)
 class Example:
@@ -71,14 +74,15 @@ class Gallery:
     """Keeps the ``size`` most telling queries of each kind; merging is associative.
 
     right: a sample by a hash of the id. wrong: the most confident mistakes.
-    uncertain: the least confident votes, right or wrong.
+    uncertain: the least confident votes, right or wrong. Every class gives one query
+    before any class gives a second, so that a frequent class does not fill the page.
     """
 
     voter: str
     k: int
     parameters: VoteParameters
     size: int = 8
-    chosen: dict[str, list[tuple[float, str, Example]]] = field(default_factory=dict)
+    chosen: dict[str, _Chosen] = field(default_factory=dict)
 
     def add(self, block: Neighbors, queries: EmbeddingBlock) -> None:
         """Looks at a block of neighbours; ``queries`` are the same queries, in the same order."""
@@ -100,22 +104,44 @@ class Gallery:
             ("uncertain", np.ones_like(right), confidences),
         ):
             rows = np.flatnonzero(eligible)
-            rows = rows[np.lexsort((block.query_ids[rows].astype(str), score[rows]))][: self.size]
+            rows = rows[np.lexsort((block.query_ids[rows].astype(str), score[rows]))]
+            rows = np.array(self._telling(rows, block.query_labels), np.int64)
             pictures = (
                 [None] * len(rows) if queries.thumbnails is None else queries.thumbnails[rows]
             )
             examples = explain(block.take(rows), pictures, self.voter, k, self.parameters)
-            scored = zip(score[rows].tolist(), block.query_ids[rows], examples, strict=True)
-            self._keep(kind, list(scored))
+            found: _Chosen = {}
+            for value, example in zip(score[rows].tolist(), examples, strict=True):
+                found.setdefault(example.label, []).append((value, example.query_id, example))
+            self._keep(kind, found)
 
     def merge(self, other: Gallery) -> None:
-        for kind, scored in other.chosen.items():
-            self._keep(kind, scored)
+        for kind, chosen in other.chosen.items():
+            self._keep(kind, chosen)
 
     def examples(self, kind: str) -> list[Example]:
-        """The chosen queries of a kind, the most telling first."""
-        return [example for _, _, example in self.chosen.get(kind, [])]
+        """The chosen queries of a kind: the best of every class, then the second best, ..."""
+        entries = [
+            (place, *entry)
+            for ranked in self.chosen.get(kind, {}).values()
+            for place, entry in enumerate(ranked)
+        ]
+        entries.sort(key=lambda entry: entry[:3])
+        return [example for *_, example in entries[: self.size]]
 
-    def _keep(self, kind: str, scored: list[tuple[float, str, Example]]) -> None:
-        both = self.chosen.get(kind, []) + scored
-        self.chosen[kind] = sorted(both, key=lambda item: item[:2])[: self.size]
+    def _telling(self, rows: np.ndarray, labels: np.ndarray) -> list[int]:
+        """Of rows in order of score those that can be shown: ``size`` of ``size`` classes."""
+        by_class: dict[int, list[int]] = {}
+        for row, label in zip(rows.tolist(), labels[rows].tolist(), strict=True):
+            if label in by_class or len(by_class) < self.size:
+                by_class.setdefault(label, []).append(row)
+        return [row for members in by_class.values() for row in members[: self.size]]
+
+    def _keep(self, kind: str, found: _Chosen) -> None:
+        chosen = self.chosen.setdefault(kind, {})
+        for label, entries in found.items():
+            both = chosen.get(label, []) + entries
+            chosen[label] = sorted(both, key=lambda entry: entry[:2])[: self.size]
+        # Where there are more classes than places only the best query of the best is shown.
+        best = sorted(chosen, key=lambda label: chosen[label][0][:2])[: self.size]
+        self.chosen[kind] = {label: chosen[label] for label in best}

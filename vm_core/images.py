@@ -7,6 +7,7 @@ decodes in parallel. What the bytes say counts, not a file's name: a PNG called
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import io
 from typing import Annotated, Literal, NamedTuple
@@ -162,8 +163,8 @@ def _unrecognised(data: bytes) -> str:
 
 
 def _is_text(head: bytes) -> bool:
-    try:
-        text = head.decode()
+    try:  # the head may end within a character
+        text = codecs.getincrementaldecoder("utf-8-sig")().decode(head)
     except UnicodeDecodeError:
         return False
     return all(character.isprintable() or character.isspace() for character in text)

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Mapping
-from typing import Any, TypeVar
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -66,7 +66,8 @@ def _explain(error: ValidationError, model: type[Settings]) -> str:
     for problem in error.errors():
         key = ".".join(str(part) for part in problem["loc"])
         if problem["type"] == "extra_forbidden":
-            lines.append(f"unknown key {key!r}. Known keys: {', '.join(model.model_fields)}")
+            known_keys = ", ".join(_keys_inside(model, problem["loc"][:-1]))
+            lines.append(f"unknown key {key!r}. Known keys: {known_keys}")
         elif problem["type"] == "missing":
             lines.append(f"{key} is missing")
         else:
@@ -74,3 +75,15 @@ def _explain(error: ValidationError, model: type[Settings]) -> str:
             value = f" = {problem['input']!r}" if key else ""
             lines.append(f"{key}{value}: {message}" if key else message)
     return "; ".join(lines)
+
+
+def _keys_inside(model: type[BaseModel], place: Sequence[int | str]) -> Iterable[str]:
+    for part in place:
+        if isinstance(part, str):
+            annotation = model.model_fields[part].annotation
+            model = next(
+                kind
+                for kind in (annotation, *get_args(annotation))
+                if isinstance(kind, type) and issubclass(kind, BaseModel)
+            )
+    return model.model_fields

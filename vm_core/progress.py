@@ -36,7 +36,7 @@ def report(stage: str, count: int) -> None:
     if not address:
         return
     host, port = address.split(":")
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender, contextlib.suppress(OSError):
+    with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
         sender.sendto(json.dumps([stage, count]).encode(), (host, int(port)))
 
 
@@ -75,28 +75,28 @@ def display(stages: Mapping[str, int | None], console: Console | None = None) ->
         while True:
             try:
                 stage, count = json.loads(receiver.recv(1024))
+                task = tasks[stage]
+                if not progress.tasks[task].started:
+                    progress.start_task(task)
+                progress.advance(task, count)
             except TimeoutError:
                 if finished.is_set():
                     return
-                continue
-            except (ValueError, OSError):
-                continue
-            if stage in tasks:
-                if not progress.tasks[tasks[stage]].started:
-                    progress.start_task(tasks[stage])
-                progress.advance(tasks[stage], count)
+            except (ValueError, TypeError, KeyError):
+                continue  # not from a worker of this run
 
     os.environ[_VARIABLE] = f"127.0.0.1:{receiver.getsockname()[1]}"
     listener = threading.Thread(target=listen, daemon=True)
     listener.start()
     try:
         with progress:
-            yield
-            finished.set()
-            listener.join()
+            try:
+                yield
+            finally:
+                del os.environ[_VARIABLE]
+                finished.set()
+                listener.join()
             for task in progress.tasks:  # totals are estimates until all is done
                 progress.update(task.id, total=task.completed)
     finally:
-        finished.set()
-        del os.environ[_VARIABLE]
         receiver.close()

@@ -32,7 +32,9 @@ def find_neighbors(
 
 
 def merge(left: Neighbors, right: Neighbors) -> Neighbors:
-    """The nearest K of two answers to the same queries; ties by id, duplicates once.
+    """The nearest K of two answers to the same queries; ties by id.
+
+    An id that both have stands once, at its smaller distance.
 
     Associative and commutative, so partitions can be merged in any order and grouping.
     """
@@ -40,25 +42,26 @@ def merge(left: Neighbors, right: Neighbors) -> Neighbors:
     labels = np.concatenate([left.labels, right.labels], axis=1)
     distances = np.concatenate([left.distances, right.distances], axis=1)
     _, rank = np.unique(ids.ravel(), return_inverse=True)
-    order = np.lexsort((rank.reshape(ids.shape), distances), axis=1)
-    both = replace(
+    rank = rank.reshape(ids.shape)
+    by_id = np.lexsort((distances, rank), axis=1)
+    ordered = np.take_along_axis(rank, by_id, axis=1)
+    repeated = np.zeros(ids.shape, bool)
+    np.put_along_axis(repeated, by_id[:, 1:], ordered[:, 1:] == ordered[:, :-1], axis=1)
+    ids[repeated], labels[repeated], distances[repeated] = "", PADDING, np.inf
+    order = np.lexsort((rank, distances), axis=1)
+    return replace(
         left,
         ids=np.take_along_axis(ids, order, axis=1),
         labels=np.take_along_axis(labels, order, axis=1),
         distances=np.take_along_axis(distances, order, axis=1),
-    )
-    repeated = np.zeros(both.ids.shape, bool)
-    repeated[:, 1:] = (both.ids[:, 1:] == both.ids[:, :-1]) & (both.labels[:, 1:] != PADDING)
-    return both.remove(repeated).first(left.k)
+    ).first(left.k)
 
 
 def _search(partition: Partition, queries: EmbeddingBlock, k: int) -> Neighbors:
     rows, distances = partition.search(queries.vectors, k)
-    missing = rows < 0
-    return Neighbors(
-        query_ids=queries.ids,
-        query_labels=queries.labels,
-        ids=np.where(missing, "", partition.ids[rows]),
-        labels=np.where(missing, PADDING, partition.labels[rows]),
-        distances=distances,
-    )
+    found = rows >= 0
+    ids = np.full(rows.shape, "", object)
+    labels = np.full(rows.shape, PADDING, np.int64)
+    ids[found] = partition.ids[rows[found]]
+    labels[found] = partition.labels[rows[found]]
+    return Neighbors(queries.ids, queries.labels, ids, labels, distances)

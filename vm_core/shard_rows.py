@@ -30,9 +30,8 @@ _SUBNORMAL = np.array([2.0**-130], np.float32)
 class Layout:
     """What all records of a shard have in common, and the bytes that follow from it."""
 
-    def __init__(self, dtype: str, fingerprint: str, dimension: int, thumbnails: bool):
+    def __init__(self, dtype: str, fingerprint: str, dimension: int):
         self.dtype, self.fingerprint, self.dimension = dtype, fingerprint, dimension
-        self.thumbnails = thumbnails
         self.vector_bytes = dimension * DTYPES[dtype].itemsize
         self.prefix = feature(b"dtype", BYTES, dtype.encode()) + feature(
             b"fingerprint", BYTES, utf8(fingerprint)
@@ -48,17 +47,15 @@ class Row(NamedTuple):
     source: str
     fingerprint: str
     dtype: str
-    thumbnail: bytes | None
     vector: np.ndarray
 
 
 class Columns(NamedTuple):
-    """N rows, all of a block but their vectors."""
+    """N rows of a block, without their vectors."""
 
     ids: list[str]
     labels: np.ndarray
     sources: list[str]
-    thumbnails: list[bytes]
 
 
 def decode(path: str, frames: Frames, layout: Layout, vectors: np.ndarray) -> Columns:
@@ -86,7 +83,6 @@ def _decode_columns(frames: Frames, layout: Layout, vectors: np.ndarray) -> Colu
     ids = cursor.bytes_feature(b"id")
     labels = cursor.int64_feature(b"label")
     sources = cursor.bytes_feature(b"source")
-    thumbnails = cursor.bytes_feature(b"thumbnail") if layout.thumbnails else None
     cursor.expect(layout.vector_head)
     cursor.ok &= cursor.at + layout.vector_bytes == ends
     # The cursor never goes back, so a row that ends where its record does stayed inside it.
@@ -98,7 +94,6 @@ def _decode_columns(frames: Frames, layout: Layout, vectors: np.ndarray) -> Colu
             [id.decode() for id in ids.tolist()],
             labels,
             _decode_texts(sources),
-            thumbnails.tolist() if thumbnails else [],
         )
     except UnicodeDecodeError:
         return None
@@ -136,14 +131,13 @@ def _widen(half: np.ndarray, out: np.ndarray) -> None:
 
 def _decode_rows(path: str, frames: Frames, layout: Layout, vectors: np.ndarray) -> Columns:
     """The general way: any serialisation of the features, one record at a time."""
-    columns = Columns([], np.empty(len(vectors), np.int64), [], [])
+    columns = Columns([], np.empty(len(vectors), np.int64), [])
     for index in range(len(vectors)):
         row = parse_row(path, frames, index)
         for name, found, shard in (
             ("fingerprint", row.fingerprint, layout.fingerprint),
             ("dtype", row.dtype, layout.dtype),
             ("dimension", len(row.vector), layout.dimension),
-            ("thumbnail", row.thumbnail is not None, layout.thumbnails),
         ):
             if found != shard:
                 cause = f"its {name} is {found!r}, in the records before {shard!r}"
@@ -151,8 +145,6 @@ def _decode_rows(path: str, frames: Frames, layout: Layout, vectors: np.ndarray)
         columns.ids.append(row.id)
         columns.labels[index] = row.label
         columns.sources.append(row.source)
-        if row.thumbnail is not None:
-            columns.thumbnails.append(row.thumbnail)
         vectors[index] = row.vector
     return columns
 
@@ -197,7 +189,6 @@ def parse_row(path: str, frames: Frames, index: int) -> Row:
         text("source"),
         text("fingerprint"),
         dtype,
-        value("thumbnail", "bytes_list") if "thumbnail" in features else None,
         vector,
     )
 

@@ -6,7 +6,6 @@
     id           bytes   UTF-8, not empty, unique in the shard
     label        int64
     source       bytes   UTF-8, the data set the row came from
-    thumbnail    bytes   JPEG; in every record of a shard or in none
     vector       bytes   D little-endian numbers of that dtype; one D per shard
 
 Any TensorFlow program reads them (here a float32 shard):
@@ -55,6 +54,8 @@ class ShardSummary(NamedTuple):
 
 def write_shard(path: str, block: EmbeddingBlock, fingerprint: str, dtype: str) -> ShardSummary:
     """Writes a block as one shard, atomically; the same block gives the same bytes.
+
+    Thumbnails are not part of it: they are a side table.
 
     block: rows in ascending order of their ids, all different; finite vectors. Vectors
     are rounded to ``dtype``, a key of DTYPES. VisualMemoryError if anything is amiss.
@@ -123,8 +124,6 @@ class _HashingWriter:
 
 def _check_block(path: str, block: EmbeddingBlock) -> None:
     columns = [block.labels, block.sources, block.vectors]
-    if block.thumbnails is not None:
-        columns.append(block.thumbnails)
     if any(len(column) != len(block) for column in columns):
         raise VisualMemoryError(
             f"{path}: a block of {len(block)} ids has columns of "
@@ -152,22 +151,20 @@ def _check_block(path: str, block: EmbeddingBlock) -> None:
 def _encode(
     block: EmbeddingBlock, vectors: np.ndarray, fingerprint: str, dtype: str
 ) -> Iterator[bytes]:
-    layout = Layout(dtype, fingerprint, vectors.shape[1], block.thumbnails is not None)
+    layout = Layout(dtype, fingerprint, vectors.shape[1])
     prefix, vector_head = layout.prefix, layout.vector_head
     vector_bytes = layout.vector_bytes
     label_feature = lru_cache(maxsize=4096)(
         lambda label: feature(b"label", INT64, varint(label & 0xFFFF_FFFF_FFFF_FFFF))
     )
     source_feature = lru_cache(maxsize=4096)(lambda source: feature(b"source", BYTES, utf8(source)))
-    thumbnails = [None] * len(block) if block.thumbnails is None else block.thumbnails
-    rows = zip(block.ids, block.labels.tolist(), block.sources, thumbnails, vectors, strict=True)
-    for id, label, source, thumbnail, vector in rows:
+    rows = zip(block.ids, block.labels.tolist(), block.sources, vectors, strict=True)
+    for id, label, source, vector in rows:
         head = (
             prefix
             + feature(b"id", BYTES, utf8(id))
             + label_feature(label)
             + source_feature(source)
-            + (b"" if thumbnail is None else feature(b"thumbnail", BYTES, thumbnail))
             + vector_head
         )
         yield b"\x0a" + varint(len(head) + vector_bytes) + head + vector.tobytes()
@@ -215,16 +212,11 @@ def _blocks(
 
 
 def _assemble(parts: list[Columns], layout: Layout, vectors: np.ndarray) -> EmbeddingBlock:
-    thumbnails = None
-    if layout.thumbnails:
-        thumbnails = np.empty(len(vectors), dtype=object)
-        thumbnails[:] = [jpeg for part in parts for jpeg in part.thumbnails]
     return EmbeddingBlock(
         strings([id for part in parts for id in part.ids]),
         np.concatenate([part.labels for part in parts]),
         strings([source for part in parts for source in part.sources]),
         vectors,
-        thumbnails,
     )
 
 
@@ -234,4 +226,4 @@ def _shard_layout(path: str, first: Row, expected_fingerprint: str | None) -> La
             f"{path}: the shard has the encoder fingerprint {first.fingerprint!r}, expected "
             f"{expected_fingerprint!r}: embed its images again with the encoder of this memory"
         )
-    return Layout(first.dtype, first.fingerprint, len(first.vector), first.thumbnail is not None)
+    return Layout(first.dtype, first.fingerprint, len(first.vector))

@@ -8,6 +8,8 @@ once and appear whole: a reader sees the complete file or none.
 from __future__ import annotations
 
 import contextlib
+import errno
+import glob
 import hashlib
 import os
 import posixpath
@@ -32,6 +34,8 @@ class FileInfo(NamedTuple):
 
 
 def _filesystem(path: str) -> tuple[fsspec.AbstractFileSystem, str]:
+    if "://" not in path:  # fsspec would split a local name at "::"
+        return LocalFileSystem(), LocalFileSystem._strip_protocol(path)
     try:
         return fsspec.core.url_to_fs(path)
     except (ImportError, ValueError) as error:
@@ -78,20 +82,32 @@ def read_bytes(path: str) -> bytes:
 def list_files(pattern: str) -> list[FileInfo]:
     """Every file that matches a glob pattern (``**`` crosses folders), sorted by path."""
     filesystem, name = _filesystem(pattern)
-    found = filesystem.glob(name, detail=True)
+    if isinstance(filesystem, LocalFileSystem):
+        # fsspec's would leave out links to files.
+        paths = {path for path in glob.iglob(name, recursive=True) if os.path.isfile(path)}
+        return sorted(_local_file(path, os.stat(path)) for path in paths)
+    found = filesystem.glob(name, detail=True).values()
     return sorted(
-        _file_info(filesystem, details) for details in found.values() if details["type"] == "file"
+        _remote_file(filesystem.unstrip_protocol(details["name"]), details)
+        for details in found
+        if details["type"] == "file"
     )
 
 
 def walk(root: str) -> list[FileInfo]:
-    """Every file under a folder, links followed, sorted by path."""
+    """Every file under a folder, links followed, sorted by path.
+
+    The paths begin with ``root`` as it is given, made absolute. A link to nothing is
+    listed as well, so that whoever reads it says why it cannot be.
+    """
     filesystem, name = _filesystem(root)
     if isinstance(filesystem, LocalFileSystem):
         # Several times faster than fsspec's walk, which asks for each file's status twice.
         return sorted(_walk_local(name))
+    found = filesystem.find(name, detail=True)
     return sorted(
-        _file_info(filesystem, details) for details in filesystem.find(name, detail=True).values()
+        _remote_file(root.rstrip("/") + path.removeprefix(name.rstrip("/")), details)
+        for path, details in found.items()
     )
 
 
@@ -101,20 +117,36 @@ def _walk_local(folder: str, above: frozenset[str] = frozenset()) -> Iterator[Fi
         return
     with os.scandir(folder) as entries:
         for entry in entries:
-            if entry.is_dir():
+            try:
+                is_folder, status = entry.is_dir(), entry.stat()
+            except OSError:
+                yield FileInfo(entry.path, 0, "")
+                continue
+            if is_folder:
                 yield from _walk_local(entry.path, above | {real})
             elif entry.is_file():
-                status = entry.stat()
-                yield FileInfo(entry.path, status.st_size, str(status.st_mtime_ns))
+                yield _local_file(entry.path, status)
 
 
-def _file_info(filesystem: fsspec.AbstractFileSystem, details: dict) -> FileInfo:
-    version = details.get("etag") or details.get("generation") or details.get("mtime") or ""
-    return (
-        FileInfo(filesystem.unstrip_protocol(details["name"]), details["size"], str(version))
-        if not isinstance(filesystem, LocalFileSystem)
-        else FileInfo(details["name"], details["size"], str(os.stat(details["name"]).st_mtime_ns))
-    )
+def stamp(path: str) -> str:
+    """Size and change time of a local file; empty if there is none, or it is not local."""
+    if not is_local(path):
+        return ""
+    try:
+        return "{0.st_size} {0.st_mtime_ns}".format(os.stat(_filesystem(path)[1]))
+    except (OSError, ValueError):
+        return ""
+
+
+def _local_file(path: str, status: os.stat_result) -> FileInfo:
+    return FileInfo(path, status.st_size, str(status.st_mtime_ns))
+
+
+def _remote_file(path: str, details: dict) -> FileInfo:
+    # Each store's own name for what changes when a file is written again.
+    keys = ("etag", "ETag", "generation", "mtime", "LastModified", "last_modified", "created")
+    version = next((details[key] for key in keys if details.get(key)), "")
+    return FileInfo(path, details["size"], str(version))
 
 
 @contextlib.contextmanager
@@ -123,18 +155,17 @@ def write_atomic(path: str) -> Iterator[IO[bytes]]:
 
     Runners start redundant and repeated attempts of the same work. Each attempt
     writes under a name of its own and the last step is a rename, so a reader or
-    a second attempt never meets half a file. Object stores publish an upload
-    only at its end and need no rename.
+    a second attempt never meets half a file. An object store gets the complete
+    file in one upload: one given up halfway may still be published when its
+    Python object is collected.
     """
     filesystem, name = _filesystem(path)
     if not isinstance(filesystem, LocalFileSystem):
-        file = filesystem.open(name, "wb")
-        try:
-            yield file
-        except BaseException:
-            file.discard()
-            raise
-        file.close()
+        with tempfile.TemporaryDirectory() as folder:
+            complete = os.path.join(folder, "file")
+            with open(complete, "wb") as file:
+                yield file
+            filesystem.put_file(complete, name)
         return
     os.makedirs(os.path.dirname(name), exist_ok=True)
     temporary = _temporary_name(name)
@@ -166,23 +197,36 @@ def write_directory_atomic(path: str) -> Iterator[str]:
     if not isinstance(filesystem, LocalFileSystem):
         with tempfile.TemporaryDirectory() as local:
             yield local
+            earlier = filesystem.find(name)
             filesystem.put(local + "/", name + "/", recursive=True)
+            written = {name + file.path.removeprefix(local) for file in _walk_local(local)}
+            if stale := [file for file in earlier if file not in written]:
+                filesystem.rm(stale)
         return
     os.makedirs(os.path.dirname(name), exist_ok=True)
     temporary = _temporary_name(name)
     os.mkdir(temporary)
     try:
         yield temporary
-        if os.path.isdir(name):
+        while not _moved(temporary, name):  # a second attempt may be doing the same
             doomed = _temporary_name(name)
-            os.rename(name, doomed)
-            os.rename(temporary, name)
-            shutil.rmtree(doomed)
-        else:
-            os.rename(temporary, name)
+            with contextlib.suppress(FileNotFoundError):
+                os.rename(name, doomed)
+            shutil.rmtree(doomed, ignore_errors=True)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def _moved(folder: str, name: str) -> bool:
+    """Renames a folder; False if there is one of that name with files in it."""
+    try:
+        os.rename(folder, name)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+        return False
+    return True
 
 
 @contextlib.contextmanager

@@ -65,7 +65,7 @@ def of_build(memory: Memory) -> RenderableType:
 def of_evaluation(results: dict[str, Any], output: str) -> RenderableType:
     """The accuracy of every voter, at the k chosen on the tuning queries and at fixed k."""
     queries, test = results["queries"], results["test"]
-    table = Table(box=box.SIMPLE_HEAD)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("voter")
     table.add_column("chosen k", justify="right")
     table.add_column("accuracy", justify="right", style="bold")

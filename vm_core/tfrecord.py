@@ -113,11 +113,12 @@ def read_frames(
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
             raise _corrupt(name, number, offset, f"{error} (GZIP compression)") from error
         filled += read
-        if offset == 0 and not compression and filled >= 2 and bytes(buffer[:2]) == b"\x1f\x8b":
+        starts, ends, fault = _walk(buffer[:filled], max_record_bytes)
+        unread = fault and offset == 0 and not len(starts) and not compression
+        if unread and bytes(buffer[:2]) == b"\x1f\x8b":
             raise CorruptRecordError(
                 f"{name}: the file is compressed with gzip: read it with compression='GZIP'"
             )
-        starts, ends, fault = _walk(buffer[:filled], max_record_bytes)
         if len(starts):
             yield Frames(buffer[:filled], starts, ends, number)
         number += len(starts)

@@ -137,7 +137,10 @@ class _Page(HTMLParser):
 
     def values(self, *attributes: str) -> list[str]:
         return [
-            value for _, found in self.tags for name, value in found.items() if name in attributes
+            value or ""
+            for _, found in self.tags
+            for name, value in found.items()
+            if name in attributes
         ]
 
     def count(self, tag: str) -> int:
@@ -349,7 +352,7 @@ def test_curves_keep_the_chosen_k_and_their_labels_apart():
     chart = plots.accuracy_over_k(voters, {name: {"k": 4321} for name in voters})
     assert all(len(curve.marks) == 1 for curve in chart.curves)
     assert all(len(curve.points) < 300 for curve in chart.curves)
-    heights = sorted(curve.label[1] for curve in chart.curves)
+    heights = sorted(curve.label[1] for curve in chart.curves if curve.label)
     assert min(b - a for a, b in pairwise(heights)) >= 15
     assert heights[0] >= 0
     assert heights[-1] <= chart.frame.bottom
@@ -408,5 +411,6 @@ def test_in_a_browser(tmp_path: Path):
     dom = _Page(run.stdout)
     for section in ("accuracy", "neighbours", "classes", "gallery", *KINDS):
         assert section in dom.values("id")
-    # The script has run: it makes the heads of the class table buttons.
+    assert not any("hidden" in attributes for tag, attributes in dom.tags if tag == "p")
+    # The script has run: it shows the filter and makes the heads of the class table buttons.
     assert dom.count("button") == 6

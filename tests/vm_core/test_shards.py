@@ -32,21 +32,17 @@ def blocks(draw, min_rows=0):
     count = len(ids)
     labels = draw(st.lists(INT64 | st.integers(-2, 300), min_size=count, max_size=count))
     sources = draw(st.lists(TEXT, min_size=count, max_size=count))
-    thumbnails = draw(st.none() | st.lists(st.binary(max_size=200), min_size=count, max_size=count))
-    return make_block(ids, draw(st.integers(1, 70)), labels, sources, thumbnails)
+    return make_block(ids, draw(st.integers(1, 70)), labels, sources)
 
 
-def make_block(ids, dimension=5, labels=None, sources=None, thumbnails=None) -> EmbeddingBlock:
+def make_block(ids, dimension=5, labels=None, sources=None) -> EmbeddingBlock:
     vectors = np.random.default_rng(len(ids)).standard_normal((len(ids), dimension))
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-    if thumbnails is not None:
-        thumbnails = np.array([*thumbnails, None], dtype=object)[:-1]
     return EmbeddingBlock(
         strings(ids),
         np.array(range(len(ids)) if labels is None else labels, np.int64),
         strings(["imagenet"] * len(ids) if sources is None else sources),
         vectors.astype(np.float32),
-        thumbnails,
     )
 
 
@@ -59,9 +55,6 @@ def assert_same(found: EmbeddingBlock, expected: EmbeddingBlock, dtype="float32"
     if len(expected):
         rounded = expected.vectors.astype(DTYPES[dtype]).astype(np.float32)
         np.testing.assert_array_equal(found.vectors, rounded)
-        assert (found.thumbnails is None) == (expected.thumbnails is None)
-    if found.thumbnails is not None and expected.thumbnails is not None:
-        assert found.thumbnails.tolist() == expected.thumbnails.tolist()
 
 
 def stored_records(path: str) -> list[bytes]:
@@ -142,8 +135,6 @@ def test_bytes_are_those_of_tensorflow(folder, block, dtype):
             "fingerprint": FINGERPRINT.encode(),
             "dtype": dtype.encode(),
         }
-        if block.thumbnails is not None:
-            features["thumbnail"] = block.thumbnails[row]
         example = tf.train.Example()
         for key, value in features.items():
             example.features.feature[key].bytes_list.value.append(value)
@@ -250,12 +241,10 @@ def test_other_layouts_of_the_same_rows(path, layout):
 
 
 @settings(deadline=None, max_examples=400)
-@given(data=st.data(), thumbnails=st.booleans())
-def test_fast_parser_agrees_with_protobuf(data, thumbnails):
+@given(data=st.data())
+def test_fast_parser_agrees_with_protobuf(data):
     """Of any bytes at all the fast parser says what protobuf says, or nothing."""
-    block = make_block(
-        ["a", "é" * 70], 4, [5, -2], None, [b"x", b"y" * 200] if thumbnails else None
-    )
+    block = make_block(["a", "é" * 70], 4, [5, -2])
     records = [
         bytearray(record) for record in shards._encode(block, block.vectors, FINGERPRINT, "float32")
     ]
@@ -267,7 +256,7 @@ def test_fast_parser_agrees_with_protobuf(data, thumbnails):
     tfrecord.write_records(file, [bytes(record) for record in records])
     file.seek(0)
     (frames,) = tfrecord.read_frames(file)
-    layout = shard_rows.Layout("float32", FINGERPRINT, 4, thumbnails)
+    layout = shard_rows.Layout("float32", FINGERPRINT, 4)
     fast, slow = np.zeros((2, 4), np.float32), np.zeros((2, 4), np.float32)
     columns = shard_rows._decode_columns(frames, layout, fast)
     if columns is not None:
@@ -275,7 +264,6 @@ def test_fast_parser_agrees_with_protobuf(data, thumbnails):
         assert fast.tobytes() == slow.tobytes()
         assert columns.labels.tolist() == expected.labels.tolist()
         assert (columns.ids, columns.sources) == (expected.ids, expected.sources)
-        assert columns.thumbnails == expected.thumbnails
     else:
         with contextlib.suppress(VisualMemoryError):
             shard_rows._decode_rows("path", frames, layout, slow)
@@ -320,7 +308,6 @@ def test_damage_is_never_read(path):
         ({"id": b"\xff"}, "its feature 'id' is not UTF-8"),
         ({"source": b"\xff"}, "its feature 'source' is not UTF-8"),
         ({"label": b"7"}, "its feature 'label' holds 0 values in int64_list"),
-        ({"thumbnail": b"jpeg"}, "its thumbnail is True, in the records before False"),
     ],
 )
 def test_wrong_record(path, changes, text):

@@ -8,6 +8,8 @@ from vm_core import storage
 from vm_core.encoders import Embed, Encoder, digest_files
 from vm_core.errors import VisualMemoryError
 
+_HANDLE = ("https://", "http://")
+
 
 class Plugin(Encoder):
     """A SavedModel folder, or a handle that tensorflow_hub resolves.
@@ -21,8 +23,8 @@ class Plugin(Encoder):
     output: str | None = None
 
     def model_digest(self) -> str:
-        if "://" in self.path and not storage.is_local(self.path):
-            return f"{self.path} {self.output}"  # hub handles name an immutable version
+        if self.path.startswith(_HANDLE):
+            return f"{self.path} {self.output}"  # handles name an immutable version
         if not storage.exists(storage.join(self.path, "saved_model.pb")):
             raise VisualMemoryError(
                 f"encoder: {self.path!r} is not a SavedModel (it has no saved_model.pb). Give the "
@@ -41,7 +43,11 @@ class Plugin(Encoder):
 
         if self.precision == "mixed":
             use_mixed_precision()
-        model = hub.load(self.path)
+        if self.path.startswith(_HANDLE):
+            model = hub.load(self.path)
+        else:
+            with storage.local_copy(self.path) as folder:
+                model = hub.load(folder)
         if callable(model):
             call = model
         elif "serving_default" in model.signatures:

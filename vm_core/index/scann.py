@@ -85,12 +85,14 @@ def _search(
     rows = np.full((len(queries), k), -1, np.int64)
     distances = np.full((len(queries), k), np.inf, np.float32)
     found = min(k, count)
+    if not found or not len(queries):
+        return rows, distances
     neighbors, products = searcher.search_batched_parallel(
         queries, final_num_neighbors=found, pre_reorder_num_neighbors=min(reorder, count)
     )
     # Where the searched leaves hold fewer than k rows ScaNN fills up with row 0 and NaN.
     valid = ~np.isnan(products)
-    rows[:, :found] = np.where(valid, neighbors, -1)
+    rows[:, :found] = np.where(valid, neighbors.astype(np.int64), -1)
     distances[:, :found] = np.where(valid, np.maximum(1.0 - products, 0.0), np.inf)
     # Rows are in the order of ids: sorting by row, then by distance, breaks ties by id.
     order = np.lexsort((rows, distances), axis=1)

@@ -13,6 +13,7 @@ from functools import cache
 from typing import Any
 
 import jinja2
+from markupsafe import Markup
 
 from vm_core.classes import ClassTable
 from vm_core.gallery import KINDS, Example
@@ -88,5 +89,5 @@ def _environment() -> jinja2.Environment:
     # The policy names the one script by its hash, so no text of a data set can run as one.
     script = environment.get_template("script.js.j2").render()
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    environment.globals.update(script=jinja2.utils.markupsafe.Markup(script), script_hash=digest)
+    environment.globals.update(script=Markup(script), script_hash=digest)
     return environment

@@ -323,7 +323,7 @@ def _share_ticks(values: Sequence[float]) -> list[float]:
     if not values:
         return [0.0, 0.25, 0.5, 0.75, 1.0]
     low, high = min(values), max(values)
-    room = max((high - low) * 0.08, 0.002)
+    room = max((high - low) * 0.08, 0.0005) if high > low else 0.02
     ticks = _ticks(max(0.0, low - room), min(1.0, high + room), 5)
     return [tick for tick in ticks if -1e-9 <= tick <= 1 + 1e-9]
 

@@ -122,10 +122,17 @@ def evaluation_facts(results: Results) -> list[tuple[str, str]]:
 
 @dataclass(frozen=True)
 class AccuracyTable:
-    """Accuracy by voter. rows: voter, chosen k, then a (value, is the best) a column."""
+    """Accuracy by voter. rows: voter, chosen k, then (value, is the best) of every column.
+
+    columns: the names of the fixed k; the accuracy at the chosen k stands before them.
+    """
 
     columns: list[str]
     rows: list[tuple[str, int | None, list[tuple[float | None, bool]]]]
+
+    @property
+    def has_best(self) -> bool:
+        return any(best for _, _, cells in self.rows for _, best in cells)
 
 
 def accuracy_table(results: Results) -> AccuracyTable:

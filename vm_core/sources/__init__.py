@@ -22,7 +22,7 @@ IMAGES_PER_SPLIT = 512
 class Split(NamedTuple):
     """A piece of a source that one worker reads at once.
 
-    items: what the reader needs to find its images, plain strings and numbers.
+    items: what the reader needs to find its images, plain strings, bytes and numbers.
     version: digest of the sizes and change times of the files behind it.
     images: how many images it has, None if that takes reading it.
     """
@@ -82,10 +82,11 @@ class Source(plugins.Settings):
 
     def records(self, split: Split, classes: ClassTable) -> Iterator[ImageRecord | Rejected]:
         """The records of one split that are in the configured share."""
+        return filter(self._in_share, self.read(split, classes))
+
+    def _in_share(self, record: ImageRecord | Rejected) -> bool:
         low, high = self.share
-        for record in self.read(split, classes):
-            if (low, high) == (0, 1) or low <= unit_interval(record.id, "share") < high:
-                yield record
+        return (low, high) == (0, 1) or low <= unit_interval(record.id, "share") < high
 
 
 def parse(settings: Any) -> Source:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterator
 from typing import Literal
 
@@ -44,16 +45,16 @@ class Plugin(Source):
             )
         return Listing(
             splits=[_split(group) for group in in_groups(files, IMAGES_PER_SPLIT)],
-            class_keys=sorted({path.split("/", 1)[0] for path, _ in files}),
+            class_keys=sorted({_shown(path).split("/", 1)[0] for path, _ in files}),
             class_names=read_class_list(self.class_list) if self.class_list else {},
         )
 
     def read(self, split: Split, classes: ClassTable) -> Iterator[ImageRecord | Rejected]:
         root = self._root()
         name = self.name or root.rpartition("/")[2]
-        for path in split.items:
-            label = classes.label(path.split("/", 1)[0])
-            yield ImageRecord(f"{name}/{path}", label, name, storage.join(root, path))
+        for path in map(os.fsdecode, split.items):
+            label = classes.label(_shown(path).split("/", 1)[0])
+            yield ImageRecord(f"{name}/{_shown(path)}", label, name, storage.join(root, path))
 
     def _root(self) -> str:
         return storage.absolute(self.path).rstrip("/")
@@ -69,5 +70,10 @@ class Plugin(Source):
 
 def _split(group: list[tuple[str, storage.FileInfo]]) -> Split:
     versions = "\n".join(f"{path} {file.size} {file.version}" for path, file in group)
-    digest = hashlib.sha256(versions.encode()).hexdigest()
-    return Split(tuple(path for path, _ in group), digest, len(group))
+    digest = hashlib.sha256(os.fsencode(versions)).hexdigest()
+    # As bytes: a name on disk need not be valid Unicode, and what travels must be.
+    return Split(tuple(os.fsencode(path) for path, _ in group), digest, len(group))
+
+
+def _shown(path: str) -> str:
+    return os.fsencode(path).decode(errors="backslashreplace")

@@ -21,7 +21,9 @@ from vm_core.sources import IMAGES_PER_SPLIT, Listing, Source, Split, in_groups
 class Plugin(Source):
     """Reads the images that a table lists.
 
-    Paths are relative to ``root``, which is the manifest's own folder if not given.
+    Paths are relative to ``root``, which is the manifest's own folder if not given; URLs
+    and absolute paths stand for themselves. On a bucket, an image that is replaced under
+    its old name goes unnoticed in a rerun: asking for every one's date takes too long.
     The id is NAME/ followed by the id column, or by the path where there is none.
     ``split`` keeps the rows with that value in ``split_column``.
     """
@@ -62,7 +64,7 @@ class Plugin(Source):
             raise VisualMemoryError(f"manifest {self.path!r} has no rows: nothing to read")
         return Listing(
             splits=[
-                Split(tuple(group), hashlib.sha256(repr(group).encode()).hexdigest(), len(group))
+                Split(tuple(group), self._version(group), len(group))
                 for group in in_groups(rows, IMAGES_PER_SPLIT)
             ],
             class_keys=sorted({label for _, _, label in rows if label}),
@@ -71,8 +73,8 @@ class Plugin(Source):
 
     def read(self, split: Split, classes: ClassTable) -> Iterator[ImageRecord | Rejected]:
         folder, _, file = storage.absolute(self.path).rpartition("/")
-        root = storage.absolute(self.root) if self.root else folder
         name = self.name or folder.rpartition("/")[2] or file
+        root = self._root()
         for id, path, label in split.items:
             full_id = f"{name}/{id or path}"
             if not path:
@@ -80,7 +82,15 @@ class Plugin(Source):
             elif not label:
                 yield Rejected(full_id, name, f"the manifest's row has no {self.label_column}")
             else:
-                yield ImageRecord(full_id, classes.label(label), name, storage.join(root, path))
+                yield ImageRecord(full_id, classes.label(label), name, _locate(root, path))
+
+    def _version(self, rows: list[tuple[str, str, str]]) -> str:
+        root = self._root()
+        stamps = [storage.stamp(_locate(root, path)) if path else "" for _, path, _ in rows]
+        return hashlib.sha256(repr((rows, stamps)).encode()).hexdigest()
+
+    def _root(self) -> str:
+        return storage.absolute(self.root or storage.absolute(self.path).rpartition("/")[0] + "/")
 
     def _read_table(self) -> pa.Table:
         if not storage.exists(self.path):
@@ -92,7 +102,7 @@ class Plugin(Source):
                 if self.path.endswith(".parquet"):
                     return pyarrow.parquet.read_table(file)
                 return pyarrow.csv.read_csv(file, convert_options=_as_text(file))
-        except (pa.ArrowInvalid, OSError) as error:
+        except (ValueError, OSError) as error:
             raise VisualMemoryError(
                 f"manifest {self.path!r} cannot be read: {error}. It must be CSV with a header "
                 "line, or Parquet"
@@ -101,6 +111,10 @@ class Plugin(Source):
     @staticmethod
     def _column(table: pa.Table, name: str) -> list[str]:
         return ["" if v is None else str(v).strip() for v in table.column(name).to_pylist()]
+
+
+def _locate(root: str, path: str) -> str:
+    return path if "://" in path else storage.join(root, path)
 
 
 def _as_text(file: IO[bytes]) -> pyarrow.csv.ConvertOptions:

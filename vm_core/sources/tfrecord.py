@@ -10,6 +10,7 @@ from typing import Any, Literal
 from vm_core import storage, tfrecord
 from vm_core.classes import ClassTable, read_class_list
 from vm_core.errors import VisualMemoryError
+from vm_core.example_proto import Example
 from vm_core.records import UNKNOWN, ImageRecord, Rejected
 from vm_core.sources import Listing, Source, Split
 
@@ -23,7 +24,8 @@ class Plugin(Source):
     The id is NAME/ followed by ``id_key``'s value, or by a hash of the image where the
     record has none. Labels are integers, unless ``class_list`` names the classes: then
     label ``first_label`` is its first line. A split is a whole file, or several small
-    ones, since a TFRecord file can only be read from its start.
+    ones, since a TFRecord file can only be read from its start. Files that end in ``.gz``
+    are decompressed.
     """
 
     kind: Literal["tfrecord"] = "tfrecord"
@@ -57,17 +59,20 @@ class Plugin(Source):
             number = 0
             try:
                 with storage.open_read(path) as file:
-                    for number, data in enumerate(tfrecord.read_records(file, path)):
+                    for data in tfrecord.read_records(file, compression=_compression(path)):
                         yield self._parse(data, f"{path}#{number}", name, keys, classes)
+                        number += 1
             except (tfrecord.CorruptRecordError, OSError) as error:
                 # Where one record is damaged, the place of the next is not known.
-                yield Rejected(f"{path}#{number + 1}", name, f"rest of the file lost: {error}")
+                yield Rejected(f"{path}#{number}", name, f"rest of the file lost: {error}")
+
+    def _in_share(self, record: ImageRecord | Rejected) -> bool:
+        # What cannot be read has no id to go by: it is reported whatever the share.
+        return isinstance(record, Rejected) or super()._in_share(record)
 
     def _parse(
         self, data: bytes, where: str, name: str, keys: list[str] | None, classes: ClassTable
     ) -> ImageRecord | Rejected:
-        from tensorflow.core.example.example_pb2 import Example
-
         try:
             features = Example.FromString(data).features.feature
         except Exception as error:  # protobuf's error class depends on its implementation
@@ -89,6 +94,10 @@ class Plugin(Source):
             return ImageRecord(row, classes.label(keys[line]), name, image)
         # With named classes in the memory a bare number names none of them.
         return ImageRecord(row, UNKNOWN if classes.keys else label, name, image)
+
+
+def _compression(path: str) -> str | None:
+    return "GZIP" if path.endswith(".gz") else None
 
 
 def _first(features: Any, key: str) -> bytes | int | None:

@@ -1,0 +1,131 @@
+"""Search over partitions equals search over all rows at once, however they are divided."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vm_core.index import Partition
+from vm_core.index.exact import top_k
+from vm_core.neighbors import Neighbors
+from vm_core.records import PADDING, EmbeddingBlock, strings
+from vm_core.search import find_neighbors, merge
+
+
+def block(seed: int, rows: int, copies: bool = False) -> EmbeddingBlock:
+    generator = np.random.default_rng(seed)
+    vectors = generator.normal(size=(rows, 6))
+    if copies and rows:
+        vectors = vectors[generator.integers(max(1, rows // 4), size=rows)]
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    return EmbeddingBlock(
+        strings([f"{number:04d}" for number in range(rows)]),
+        generator.integers(4, size=rows),
+        strings(["source"] * rows),
+        vectors.astype(np.float32),
+    )
+
+
+def partition(rows: EmbeddingBlock) -> Partition:
+    return Partition(rows.ids, rows.labels, lambda queries, k: top_k(queries, rows.vectors, k))
+
+
+def assert_equal(left: Neighbors, right: Neighbors) -> None:
+    for name in ("query_ids", "query_labels", "ids", "labels", "distances"):
+        a, b = getattr(left, name), getattr(right, name)
+        np.testing.assert_array_equal(a, b)
+        assert a.dtype == b.dtype
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    rows=st.integers(1, 80),
+    k=st.integers(1, 30),
+    parts=st.integers(1, 6),
+    copies=st.booleans(),
+    exclude_self=st.booleans(),
+)
+def test_any_partitioning_equals_one_partition(seed, rows, k, parts, copies, exclude_self):
+    memory = block(seed, rows, copies)
+    queries = memory.take(np.arange(0, rows, 3))
+    whole = find_neighbors([partition(memory)], queries, k, exclude_self)
+    owner = np.random.default_rng(seed).integers(parts, size=rows)
+    divided = [partition(memory.take(np.flatnonzero(owner == part))) for part in range(parts)]
+    assert_equal(find_neighbors(divided, queries, k, exclude_self), whole)
+    assert_equal(find_neighbors(divided[::-1], queries, k, exclude_self), whole)
+    if exclude_self:
+        assert not (whole.ids == queries.ids[:, None]).any()
+    expected = min(k, rows - exclude_self)
+    np.testing.assert_array_equal((whole.labels != PADDING).sum(axis=1), expected)
+
+
+@settings(deadline=None, max_examples=60)
+@given(seed=st.integers(0, 2**32 - 1), k=st.integers(1, 25), data=st.data())
+def test_merge_is_associative_and_commutative_and_keeps_each_id_once(seed, k, data):
+    memory = block(seed, 40, copies=True)
+    queries = block(seed + 1, 5)
+    members = st.lists(st.integers(0, 39), unique=True, max_size=40)
+    a, b, c = (
+        find_neighbors(
+            [partition(memory.take(np.array(sorted(data.draw(members)), np.int64)))], queries, k
+        )
+        for _ in range(3)
+    )
+    merged = merge(merge(a, b), c)
+    assert_equal(merged, merge(a, merge(b, c)))
+    assert_equal(merged, merge(c, merge(b, a)))
+    assert_equal(merge(a, a), a)
+    for row in range(len(queries)):
+        known = [id for id in merged.ids[row] if id]
+        assert len(known) == len(set(known))
+        everything = {
+            (float(distance), id)
+            for part in (a, b, c)
+            for id, distance in zip(part.ids[row], part.distances[row], strict=True)
+            if id
+        }
+        expected = [id for _, id in sorted(everything)[:k]]
+        assert known == expected
+
+
+def test_an_id_found_at_two_distances_stands_once_at_the_smaller():
+    """As when an approximate index rounds otherwise than the exact one beside it."""
+    queries = block(0, 1)
+    near = Neighbors(
+        queries.ids,
+        queries.labels,
+        np.array([["a", "b", "c"]], object),
+        np.array([[1, 2, 3]]),
+        np.array([[0.1, 0.2, 0.3]], np.float32),
+    )
+    far = dataclasses.replace(near, distances=near.distances + np.float32(0.15))
+    assert_equal(merge(near, far), near)
+    assert_equal(merge(far, near), near)
+
+
+def test_k_above_the_number_of_rows_is_padded():
+    memory = block(1, 3)
+    found = find_neighbors([partition(memory)], memory, 5, exclude_self=True)
+    assert found.k == 5
+    assert (found.labels[:, 2:] == PADDING).all() and (found.ids[:, 2:] == "").all()
+    assert np.isinf(found.distances[:, 2:]).all() and np.isfinite(found.distances[:, :2]).all()
+
+
+def test_a_partition_without_rows_and_no_partition():
+    memory, empty = block(2, 4), partition(block(2, 0))
+    assert_equal(
+        find_neighbors([empty, partition(memory)], memory, 2),
+        find_neighbors([partition(memory)], memory, 2),
+    )
+    assert (find_neighbors([empty], memory, 2).labels == PADDING).all()
+    with pytest.raises(ValueError, match="no partitions"):
+        find_neighbors([], memory, 2)
+
+
+def test_no_queries():
+    memory = block(3, 4)
+    found = find_neighbors([partition(memory)] * 2, memory.take(np.arange(0)), 2)
+    assert found.ids.shape == (0, 2)

@@ -1,0 +1,285 @@
+"""Storage: nothing appears by halves, on a disk or, with fsspec's memory for one, in a bucket."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+import uuid
+from pathlib import Path
+
+import fsspec
+import pytest
+
+from vm_core import storage
+from vm_core.errors import VisualMemoryError
+
+
+@pytest.fixture(params=["local", "bucket"])
+def root(request, tmp_path) -> str:
+    """A folder that is not there yet; the code under test does not know which kind it is."""
+    if request.param == "local":
+        return str(tmp_path / "root")
+    return f"memory://root-{uuid.uuid4().hex}"
+
+
+def listed(root: str) -> list[str]:
+    return [file.path.removeprefix(root) for file in storage.walk(root)]
+
+
+def test_what_is_written_is_read(root):
+    path = storage.join(root, "a", "b.bin")
+    assert not storage.exists(path)
+    storage.write_bytes(path, b"one")
+    storage.write_bytes(path, b"three")
+    assert storage.read_bytes(path) == b"three"
+    assert storage.exists(path)
+    assert storage.is_directory(storage.join(root, "a"))
+    assert not storage.is_directory(path)
+    assert storage.sha256_file(path) == hashlib.sha256(b"three").hexdigest()
+
+
+def test_a_failed_write_leaves_nothing_behind(root):
+    path = storage.join(root, "table")
+    storage.write_bytes(path, b"old")
+    for name in ("table", "new"):
+        with pytest.raises(KeyboardInterrupt), storage.write_atomic(storage.join(root, name)) as f:
+            f.write(b"half of the n")
+            raise KeyboardInterrupt
+    assert listed(root) == ["/table"]
+    assert storage.read_bytes(path) == b"old"
+
+
+def test_nothing_is_visible_until_the_write_is_complete(root):
+    path = storage.join(root, "table")
+    with storage.write_atomic(path) as file:
+        file.write(b"x")
+        file.flush()
+        assert not storage.exists(path)
+    assert storage.read_bytes(path) == b"x"
+
+
+def test_concurrent_writers_leave_one_whole_file(root):
+    path = storage.join(root, "table")
+    contents = [bytes([65 + i]) * 300_000 for i in range(8)]
+    writers = [
+        threading.Thread(target=storage.write_bytes, args=(path, content)) for content in contents
+    ]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+    assert storage.read_bytes(path) in contents
+    assert listed(root) == ["/table"]
+
+
+def fill(folder: str, **files: str) -> None:
+    for name, text in files.items():
+        path = Path(folder, name.replace("__", "/"))
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
+
+
+def test_a_folder_replaces_the_one_before(root):
+    path = storage.join(root, "index")
+    with storage.write_directory_atomic(path) as folder:
+        fill(folder, a="1", b="2", deep__c="3")
+    assert listed(path) == ["/a", "/b", "/deep/c"]
+    with storage.write_directory_atomic(path) as folder:
+        fill(folder, b="20", deep__d="40")
+    assert listed(path) == ["/b", "/deep/d"]
+    assert storage.read_bytes(storage.join(path, "b")) == b"20"
+    assert listed(root) == ["/index/b", "/index/deep/d"]
+
+
+def test_a_failed_folder_leaves_the_one_before(root):
+    path = storage.join(root, "index")
+    with storage.write_directory_atomic(path) as folder:
+        fill(folder, a="1")
+    with pytest.raises(ZeroDivisionError), storage.write_directory_atomic(path) as folder:
+        fill(folder, a="2", b="2")
+        1 / 0  # noqa: B018
+    assert listed(root) == ["/index/a"]
+    assert storage.read_bytes(storage.join(path, "a")) == b"1"
+
+
+def test_attempts_that_write_one_folder_at_once_all_succeed(tmp_path):
+    path = str(tmp_path / "index")
+    start = threading.Barrier(6)
+    failures = []
+
+    def attempt(number: int) -> None:
+        try:
+            for _ in range(20):
+                with storage.write_directory_atomic(path) as folder:
+                    fill(folder, a=str(number), b=str(number))
+                    start.wait()
+        except Exception as error:
+            failures.append(error)
+            start.abort()
+
+    threads = [threading.Thread(target=attempt, args=(number,)) for number in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+    assert listed(str(tmp_path)) == ["/index/a", "/index/b"]
+    assert Path(path, "a").read_text() == Path(path, "b").read_text()
+
+
+def test_a_folder_does_not_replace_a_file(tmp_path):
+    path = tmp_path / "index"
+    path.write_text("important")
+    with pytest.raises(NotADirectoryError), storage.write_directory_atomic(str(path)) as folder:
+        fill(folder, a="1")
+    assert path.read_text() == "important"
+
+
+def test_walk_is_sorted_and_knows_sizes(root):
+    for name in ("b/2", "a", "b/10", "c/d/e"):
+        storage.write_bytes(storage.join(root, name), name.encode())
+    files = storage.walk(root)
+    assert [file.path for file in files] == [f"{root}/{n}" for n in ("a", "b/10", "b/2", "c/d/e")]
+    assert [file.size for file in files] == [1, 4, 3, 5]
+    assert [storage.read_bytes(file.path) for file in files][3] == b"c/d/e"
+    assert storage.walk(root + "/")[0].path == f"{root}/a"
+
+
+def test_list_files_matches_a_pattern(root):
+    for name in ("train-0", "train-1", "test-0", "deep/train-2"):
+        storage.write_bytes(storage.join(root, name), b"x")
+    found = storage.list_files(storage.join(root, "train-*"))
+    assert [file.path.rpartition("/")[2] for file in found] == ["train-0", "train-1"]
+    assert storage.read_bytes(found[0].path) == b"x"
+    everywhere = storage.list_files(storage.join(root, "**", "train-*"))
+    assert "train-2" in [file.path.rpartition("/")[2] for file in everywhere]
+    assert storage.list_files(storage.join(root, "none-*")) == []
+
+
+@pytest.mark.parametrize("list_them", [storage.walk, lambda root: storage.list_files(f"{root}/*")])
+def test_the_version_changes_with_the_file(root, list_them):
+    path = storage.join(root, "file")
+    storage.write_bytes(path, b"one")
+    (first,) = list_them(root)
+    assert list_them(root) == [first]
+    storage.write_bytes(path, b"two")
+    (second,) = list_them(root)
+    assert (first.path, first.size) == (second.path, second.size)
+    assert first.version != second.version
+
+
+@pytest.mark.parametrize(
+    "details",
+    [
+        {"etag": "CJ+"},
+        {"ETag": '"9b2"', "LastModified": "today"},
+        {"generation": "17"},
+        {"last_modified": "today"},
+    ],
+)
+def test_each_store_has_its_own_name_for_the_version(details):
+    found = storage._remote_file("s3://bucket/x", {"size": 3, **details})
+    assert found == ("s3://bucket/x", 3, next(iter(details.values())))
+
+
+def test_stamp_follows_size_and_time(tmp_path):
+    file = tmp_path / "a"
+    file.write_text("x")
+    first = storage.stamp(str(file))
+    assert first == storage.stamp(str(file)) != ""
+    os.utime(file, (1, 1))
+    assert storage.stamp(str(file)) != first
+    assert storage.stamp(str(tmp_path / "none")) == ""
+    assert storage.stamp("memory://x/a") == ""
+
+
+def test_walk_follows_links_and_survives_loops(tmp_path):
+    (tmp_path / "data" / "a").mkdir(parents=True)
+    (tmp_path / "data" / "a" / "1").write_text("one")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "2").write_text("second")
+    for name, target in {
+        "linked": tmp_path / "elsewhere",
+        "a/up": tmp_path / "data",
+        "a/self": "self",
+        "file": "a/1",
+        "gone": "nowhere",
+    }.items():
+        (tmp_path / "data" / name).symlink_to(target)
+    files = {
+        file.path.removeprefix(f"{tmp_path}/data/"): file
+        for file in storage.walk(str(tmp_path / "data"))
+    }
+    assert sorted(files) == ["a/1", "a/self", "file", "gone", "linked/2"]
+    assert [files[name].size for name in ("a/1", "file", "linked/2")] == [3, 3, 6]
+    assert files["file"].version == files["a/1"].version != ""
+    assert files["gone"][1:] == files["a/self"][1:] == (0, "")
+
+
+def test_list_files_follows_links(tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "real" / "0").write_text("zero")
+    (tmp_path / "train-0").symlink_to("real/0")
+    (tmp_path / "train-1").symlink_to("nowhere")
+    (tmp_path / "train-2").symlink_to("real")
+    (found,) = storage.list_files(str(tmp_path / "train-*"))
+    assert (found.path, found.size) == (str(tmp_path / "train-0"), 4)
+
+
+@pytest.mark.parametrize("name", ["a b", "ä::b.jpg", "#1", "100%", "a:b", "写真"])
+def test_names_are_taken_as_they_are(tmp_path, name):
+    path = str(tmp_path / name)
+    storage.write_bytes(path, b"x")
+    assert os.listdir(tmp_path) == [name]
+    assert storage.exists(path)
+    assert storage.read_bytes(path) == b"x"
+    assert [file.path for file in storage.walk(str(tmp_path))] == [path]
+
+
+def test_local_copy_of_a_local_path_is_the_path(tmp_path):
+    with storage.local_copy(str(tmp_path)) as path:
+        assert path == str(tmp_path)
+    assert tmp_path.exists()
+
+
+def test_local_copy_from_a_bucket():
+    root = f"memory://copy-{uuid.uuid4().hex}"
+    storage.write_bytes(f"{root}/index/a", b"1")
+    storage.write_bytes(f"{root}/index/deep/b", b"2")
+    with storage.local_copy(f"{root}/index") as folder:
+        assert [file.path.removeprefix(folder) for file in storage.walk(folder)] == [
+            "/a",
+            "/deep/b",
+        ]
+        assert Path(folder, "deep", "b").read_bytes() == b"2"
+    assert not os.path.exists(folder)
+    with storage.local_copy(f"{root}/index/a") as file:
+        assert Path(file).read_bytes() == b"1"
+
+
+def test_remove_directory(root):
+    storage.write_bytes(storage.join(root, "a", "b"), b"1")
+    storage.write_bytes(storage.join(root, "c"), b"1")
+    storage.remove_directory(storage.join(root, "a"))
+    storage.remove_directory(storage.join(root, "a"))
+    assert listed(root) == ["/c"]
+
+
+def test_absolute(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "/home/me")
+    assert storage.absolute("a/../b") == f"{tmp_path}/b"
+    assert storage.absolute("~/b") == "/home/me/b"
+    assert storage.absolute("memory://a/b") == "memory://a/b"
+
+
+def test_unknown_scheme_names_the_remedy():
+    with pytest.raises(VisualMemoryError, match=r"cannot open 'nfs9://x/y': .* use a local path"):
+        storage.exists("nfs9://x/y")
+
+
+def test_the_stand_in_for_a_bucket_is_not_local():
+    assert not storage.is_local("memory://x")
+    assert storage.is_local("/x")
+    assert fsspec.filesystem("memory").protocol == "memory"
