@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from rich.console import Console
 
 from demo.fetch import DEFAULT_CACHE, describe, fetch
-from pipelines import running
+from pipelines import commands
 from pipelines.build import build
 from pipelines.evaluate import evaluate
 from vm_core import config, storage, summary
@@ -32,7 +32,7 @@ def command(arguments: Sequence[str]) -> None:
     """make demo"""
     parser = argparse.ArgumentParser(prog="python -m demo", description=__doc__)
     parser.add_argument("--images", metavar="DIR", help="your own images, one folder per class")
-    running.add_set_option(parser)
+    commands.add_set_option(parser)
     options = parser.parse_args(arguments)
     console = Console()
     console.rule("Encoder and images")
@@ -79,4 +79,4 @@ def _key(override: str) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(running.main(command))
+    sys.exit(commands.main(command))

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
-from pipelines import running
+from pipelines import commands
 from vm_core import summary
 from vm_core.analysis import analyze
 from vm_core.pruning import HARD_THRESHOLD
@@ -58,4 +58,4 @@ def command(arguments: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(running.main(command))
+    sys.exit(commands.main(command))

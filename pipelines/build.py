@@ -13,7 +13,7 @@ from functools import partial
 import apache_beam as beam
 from rich.console import Console
 
-from pipelines import running
+from pipelines import commands, running
 from pipelines.embedding import EmbedSplits
 from vm_core import building, config, summary
 from vm_core.building import BuildConfig, BuildPlan
@@ -85,10 +85,10 @@ def command(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="visual-memory build",
         description="Reads images, encodes them, writes shards and an index, publishes a version.",
-        epilog=running.EPILOG,
+        epilog=commands.EPILOG,
     )
     parser.add_argument("--config", required=True, help="YAML file that describes the build")
-    running.add_set_option(parser)
+    commands.add_set_option(parser)
     options, beam_arguments = parser.parse_known_args(arguments)
     running.check_beam_arguments(beam_arguments)
     configuration = config.load(BuildConfig, options.config, options.set)
@@ -96,4 +96,4 @@ def command(arguments: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(running.main(command))
+    sys.exit(commands.main(command))

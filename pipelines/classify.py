@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
-from pipelines import running
+from pipelines import commands
 from vm_core import storage, summary
 from vm_core.classification import classify
 from vm_core.errors import VisualMemoryError
@@ -88,4 +88,4 @@ def _as_json(memory: Memory, answer: Example) -> dict:
 
 
 if __name__ == "__main__":
-    sys.exit(running.main(command))
+    sys.exit(commands.main(command))

@@ -6,7 +6,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from pipelines import running
+from pipelines import commands
 
 COMMANDS = {
     "build": "read images, encode them, write shards and an index, publish a version",
@@ -32,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     # Each is imported when called: TensorFlow alone takes seconds.
     command = importlib.import_module(f"pipelines.{name}").command
-    return running.main(command, rest)
+    return commands.main(command, rest)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import apache_beam as beam
 from apache_beam.utils.shared import Shared
 from rich.console import Console
 
-from pipelines import running
+from pipelines import commands, running
 from pipelines.embedding import EmbedSplits
 from vm_core import config, evaluation, sources, summary
 from vm_core.embedding import by_shard
@@ -126,7 +126,7 @@ def command(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="visual-memory evaluate",
         description="Classifies labelled queries: neighbours, votes, metrics, report.",
-        epilog=running.EPILOG,
+        epilog=commands.EPILOG,
     )
     parser.add_argument("--config", help="YAML file; the options below override it")
     parser.add_argument("--memory", help="folder or bucket prefix of the memory")
@@ -148,7 +148,7 @@ def command(arguments: Sequence[str]) -> None:
     parser.add_argument(
         "--export-neighbors", metavar="FILE.json", help="also write the neighbours as JSON"
     )
-    running.add_set_option(parser)
+    commands.add_set_option(parser)
     options, beam_arguments = parser.parse_known_args(arguments)
     running.check_beam_arguments(beam_arguments)
     given = {
@@ -168,4 +168,4 @@ def command(arguments: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(running.main(command))
+    sys.exit(commands.main(command))

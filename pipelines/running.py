@@ -1,35 +1,18 @@
-"""What every command that runs a pipeline does around it."""
+"""Runs a pipeline: options, progress, errors."""
 
 from __future__ import annotations
 
-import argparse
-import logging
-import os
 import re
-import sys
 from collections.abc import Callable, Mapping, Sequence
 
 import apache_beam as beam
 from apache_beam.options.pipeline_options import PipelineOptions, SetupOptions, StandardOptions
-from rich.console import Console
 
 from vm_core import progress
 from vm_core.errors import VisualMemoryError
 
 # The DirectRunner tries to download and start Prism first and falls back to this one.
 LOCAL_RUNNER = "FnApiRunner"
-
-EPILOG = "Every other option goes to Beam, such as --runner=FlinkRunner."
-
-
-def add_set_option(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="sets a value of the configuration, such as index.kind=exact; repeatable",
-    )
 
 
 def pipeline_options(arguments: Sequence[str]) -> PipelineOptions:
@@ -83,26 +66,10 @@ def _for_the_user(error: Exception) -> VisualMemoryError | None:
     """The VisualMemoryError inside what a runner made of it: itself, or a traceback's text."""
     text = str(error)
     if not isinstance(error, VisualMemoryError):
-        found = re.findall(r"VisualMemoryError: (.*?)(?=\n\n|\nTraceback|\Z)", text, re.DOTALL)
+        found = re.findall(
+            r"\bvm_core(?:\.\w+)+Error: (.*?)(?=\n\n|\nTraceback|\Z)", text, re.DOTALL
+        )
         if not found:
             return None
         text = found[-1]
     return VisualMemoryError(re.sub(r" \[while running '[^']*'\]\s*$", "", text.strip()))
-
-
-def main(command: Callable[[Sequence[str]], None], arguments: Sequence[str] | None = None) -> int:
-    """Runs a command; an error meant for the user is printed without a traceback."""
-    # Before TensorFlow is imported, here or in a worker: it reports on hardware it lacks.
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
-    # Beam logs a user's error with its traceback before it raises it.
-    logging.getLogger("apache_beam").setLevel(logging.CRITICAL)
-    try:
-        command(sys.argv[1:] if arguments is None else arguments)
-    except VisualMemoryError as error:
-        Console(stderr=True, soft_wrap=True, highlight=False).print(f"error: {error}", markup=False)
-        return 2
-    except KeyboardInterrupt:
-        Console(stderr=True).print("stopped; a rerun goes on where this one was")
-        return 130
-    return 0

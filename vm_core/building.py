@@ -141,13 +141,18 @@ def finished_shards(plan: BuildPlan) -> dict[int, ShardEntry]:
 
 
 def is_published(plan: BuildPlan) -> bool:
-    """Whether the current version of the memory is the result of this very plan."""
+    """Whether the current version of the memory is the result of this very plan, and all there."""
     if memory.current_version(plan.root) is None:
         return False
     manifest = memory.Memory(plan.root).manifest
-    return manifest.build == plan.fingerprint and all(
-        partition.index == plan.config.index.choose(partition.count)
-        for partition in manifest.partitions
+    return (
+        manifest.build == plan.fingerprint
+        and len(finished_shards(plan)) == plan.config.shards
+        and all(
+            partition.index == plan.config.index.choose(partition.count)
+            and storage.exists(plan.path(f"{partition.folder}/partition.json"))
+            for partition in manifest.partitions
+        )
     )
 
 

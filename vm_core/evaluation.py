@@ -10,7 +10,7 @@ import hashlib
 import io
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -93,13 +93,18 @@ class EvaluationConfig(plugins.Settings):
 
 @dataclass(frozen=True)
 class EvaluationPlan:
-    """An evaluation with everything known that can be known before reading a query."""
+    """An evaluation with everything known that can be known before reading a query.
+
+    ``fingerprint`` covers the memory, the queries and all settings, ``embedding_fingerprint``
+    what the queries' embeddings depend on: with other settings they are not made again.
+    """
 
     config: EvaluationConfig
     memory: Memory
     encoder: Encoder
     output: str
     fingerprint: str
+    embedding_fingerprint: str
 
     @property
     def embedding(self) -> EmbedPlan:
@@ -108,7 +113,7 @@ class EvaluationPlan:
             self.memory.classes,
             self.encoder,
             self.config.images,
-            storage.join(self.output, "work", self.fingerprint),
+            storage.join(self.output, "work", self.embedding_fingerprint),
         )
 
     def path(self, name: str) -> str:
@@ -167,10 +172,20 @@ def plan_evaluation(config: EvaluationConfig) -> tuple[EvaluationPlan, list[Any]
     else:
         work = [opened.path(shard.embeddings) for shard in opened.manifest.shards if shard.embedded]
         versions = []
-    identity = [opened.manifest.content_digest, config.model_dump(mode="json"), versions]
-    fingerprint = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
-    plan = EvaluationPlan(config, opened, encoder, storage.absolute(config.output), fingerprint)
+    inputs = [opened.manifest.content_digest, versions]
+    plan = EvaluationPlan(
+        config,
+        opened,
+        encoder,
+        storage.absolute(config.output),
+        _fingerprint([inputs, config.model_dump(mode="json")]),
+        _fingerprint([inputs, config.model_dump(mode="json", include={"queries", "images"})]),
+    )
     return plan, work
+
+
+def _fingerprint(identity: Any) -> str:
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def read_embeddings(plan: EvaluationPlan, path: str) -> Iterator[Embedded]:
@@ -180,21 +195,16 @@ def read_embeddings(plan: EvaluationPlan, path: str) -> Iterator[Embedded]:
     labels are taken to be the memory's.
     """
     classes = storage.join(path.rpartition("/")[0], "classes.parquet")
-    theirs = ClassTable.read(classes) if storage.exists(classes) else ClassTable()
-    ours = plan.memory.classes
-    translate = {
-        label: ours.label(key) for key, label in zip(theirs.keys, theirs.labels, strict=True)
-    }
-    known = set(ours.labels)
+    theirs = ClassTable.read(classes) if storage.exists(classes) else None
     for block in read_blocks(path, expected_fingerprint=plan.memory.manifest.encoder_fingerprint):
-        labels = [
-            translate.get(label, UNKNOWN) if translate or (known and label not in known) else label
-            for label in block.labels.tolist()
-        ]
+        labels = block.labels
+        if theirs is not None:
+            # Where there are no keys, a label's number is its key.
+            keys = dict(zip(theirs.labels, theirs.keys, strict=True))
+            ours = [plan.memory.classes.label(keys.get(n, str(n))) for n in labels.tolist()]
+            labels = np.array(ours, np.int64)
         report("encode", len(block))
-        yield Embedded(
-            EmbeddingBlock(block.ids, np.array(labels, np.int64), block.sources, block.vectors)
-        )
+        yield Embedded(EmbeddingBlock(block.ids, labels, block.sources, block.vectors))
 
 
 def evaluate_shard(
@@ -222,6 +232,8 @@ def evaluate_shard(
         for start in range(0, len(gathered.block), _QUERY_ROWS):
             rows = np.arange(start, min(start + _QUERY_ROWS, len(gathered.block)))
             queries = gathered.block.take(rows)
+            known = np.isin(queries.labels, outcome.test.classes)
+            queries = replace(queries, labels=np.where(known, queries.labels, UNKNOWN))
             found = find_neighbors(
                 partitions(), queries, plan.config.k, exclude_self=plan.config.leave_one_out
             )

@@ -201,7 +201,9 @@ def publish(root: str, manifest: Manifest) -> Manifest:
 
 
 def _version_numbers(root: str) -> list[int]:
-    files = storage.list_files(storage.join(root, "versions", "*.json"))
+    folder = storage.join(root, "versions")
+    # Not a glob pattern: the memory's own path may have brackets in it.
+    files = storage.walk(folder) if storage.is_directory(folder) else []
     return [int(file.path.rpartition("/")[2].removesuffix(".json")) for file in files]
 
 

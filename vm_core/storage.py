@@ -46,7 +46,8 @@ def _filesystem(path: str) -> tuple[fsspec.AbstractFileSystem, str]:
 
 
 def is_local(path: str) -> bool:
-    return isinstance(_filesystem(path)[0], LocalFileSystem)
+    """Whether the path is on this machine; asks no store, which may look for credentials."""
+    return "://" not in path or path.startswith(("file://", "local://"))
 
 
 def join(root: str, *parts: str) -> str:

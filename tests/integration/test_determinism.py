@@ -70,10 +70,9 @@ def test_several_workers(settings, reference, tmp_path, monkeypatch, workers):
     assert_same(build_memory({**settings, "memory": str(tmp_path)}, *workers), reference)
 
 
-@pytest.mark.parametrize("seed", ["1", "2"])
-def test_other_seeds_of_python_s_hash(settings, reference, tmp_path, seed):
+def test_a_process_with_other_hashes_of_strings(settings, reference, tmp_path):
     config = write_config(tmp_path / "config.yaml", {**settings, "memory": str(tmp_path / "m")})
-    run = run_python("-m", "pipelines.build", "--config", config, PYTHONHASHSEED=seed)
+    run = run_python("-m", "pipelines.build", "--config", config, PYTHONHASHSEED="1")
     assert run.returncode == 0, run.stderr
     assert_same(Memory(str(tmp_path / "m")), reference)
 
@@ -103,8 +102,8 @@ def test_shuffled_manifest(few_photos, small_encoder, tmp_path, monkeypatch):
 def test_the_real_encoder_over_two_processes(photos, encoder_path, tmp_path, monkeypatch):
     monkeypatch.setattr("vm_core.sources.folder.IMAGES_PER_SPLIT", 25)
     source = {"kind": "folder", "path": photos, "share": [0, 0.3]}
-    encoder = {"kind": "saved_model", "path": encoder_path}
-    settings = configuration(tmp_path / "one", encoder_path, source, encoder=encoder)
+    settings = configuration(tmp_path / "one", encoder_path, source)
+    settings["encoder"] = {"kind": "saved_model", "path": encoder_path}
     one = build_memory(settings)
     assert 45 < one.manifest.total("embedded") < 75
     assert one.manifest.dimension == 1280

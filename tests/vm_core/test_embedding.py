@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vm_core import checkpoints, storage
+from vm_core import checkpoints, embedding, storage
 from vm_core.classes import ClassTable
 from vm_core.embedding import (
     BatchedEncoder,
@@ -40,7 +40,10 @@ def embed(pixels: np.ndarray) -> np.ndarray:
     return np.stack([row @ PROJECTION for row in rows])
 
 
-def run(records, embed=embed, images=ImageSettings(), batch_size=8, threads=None) -> Embedded:
+IMAGES = ImageSettings()
+
+
+def run(records, embed=embed, images=IMAGES, batch_size=8, threads=None) -> Embedded:
     settings = ENCODER.model_copy(update={"batch_size": batch_size})
     encoder = BatchedEncoder(embed, batch_size)
     return embed_records(records, lambda: encoder, settings, images, threads)
@@ -58,7 +61,8 @@ def records(few_photos) -> list[ImageRecord]:
 
 def spoilt(records: list[ImageRecord], tmp_path: Path) -> dict[int, tuple]:
     """A tenth and more of the records, each broken another way, with what to expect of it."""
-    truncated = storage.read_bytes(records[0].data)[:3000]
+    whole = storage.read_bytes(records[0].data)
+    truncated = whole[: len(whole) * 3 // 4]
     loop = tmp_path / "loop.png"
     loop.symlink_to(loop)
     dangling = tmp_path / "dangling.png"
@@ -174,26 +178,28 @@ def test_records_are_read_as_they_are_needed(records):
 
 
 def test_images_are_decoded_at_once_and_ahead_of_the_encoder(records, monkeypatch):
-    """Four images wait for each other; the second batch is done while the first is encoded."""
+    """Four images wait for each other; a batch is encoded when the next one has been decoded."""
     together = threading.Barrier(4)
-    started = threading.Semaphore(0)
-    from vm_core import embedding
+    progress = threading.Condition()
+    decoded = calls = 0
+    original = embedding.prepare
 
     def prepare(data, *arguments):
-        together.wait(timeout=60)
-        started.release()
+        nonlocal decoded
+        together.wait(timeout=30)
+        with progress:
+            decoded += 1
+            progress.notify()
         return original(data, *arguments)
 
-    original = embedding.prepare
-    monkeypatch.setattr(embedding, "prepare", prepare)
-
     def waiting(pixels):
-        for _ in range(8):  # the four of this batch, and four that nobody has asked for yet
-            assert started.acquire(timeout=60)
-        for _ in range(4):
-            started.release()
+        nonlocal calls
+        calls += 1
+        with progress:
+            assert progress.wait_for(lambda: decoded >= min(12, 4 * (calls + 1)), timeout=30)
         return embed(pixels)
 
+    monkeypatch.setattr(embedding, "prepare", prepare)
     found = run(records[:12], waiting, batch_size=4, threads=4)
     assert len(found.block) == 12
 

@@ -54,20 +54,34 @@ class Plugin(Encoder):
             ) from error
         from vm_core.encoders._tensorflow import compile_embed, has_gpu
 
-        dtype = "float32"
+        preprocessing = self.effective_preprocessing()
+        shape = (preprocessing.crop, preprocessing.crop, 3)
+        options: dict[str, Any] = {"dtype": "float32"}
         if self.precision == "mixed":
-            dtype = "mixed_float16" if has_gpu() else "mixed_bfloat16"
+            options["dtype"] = "mixed_float16" if has_gpu() else "mixed_bfloat16"
+        if self.family == "dinov2":  # it fits its position embeddings to the size of the images
+            options["image_shape"] = shape
         try:
-            backbone = keras_hub.models.Backbone.from_preset(self.path, dtype=dtype)
-        except (ValueError, OSError) as error:
+            backbone = keras_hub.models.Backbone.from_preset(self.path, **options)
+        except (ValueError, TypeError, OSError) as error:
             raise VisualMemoryError(
                 f"encoder: keras-hub cannot load the preset {self.path!r}: {error}. Give a preset "
                 "folder, a preset's name, or a kaggle:// or hf:// handle"
             ) from error
+        family = type(backbone).__name__.removesuffix("Backbone")
+        if family.lower() != self.family:
+            raise VisualMemoryError(
+                f"encoder: the preset {self.path!r} is of the family {family}, not {self.family}. "
+                "Set family to match it"
+            )
+        size = backbone.vision_encoder.image_shape[0] if self.family == "clip" else shape[0]
+        if size != shape[0]:
+            raise VisualMemoryError(
+                f"encoder: the preset {self.path!r} takes images of {size} pixels, not {shape[0]}. "
+                "Set preprocessing.resize and preprocessing.crop"
+            )
         return compile_embed(
-            lambda images: self._embedding(backbone, images),
-            self.effective_preprocessing(),
-            keep=backbone,
+            lambda images: self._embedding(backbone, images), preprocessing, keep=backbone
         )
 
     def _embedding(self, backbone: Any, images: Any) -> Any:

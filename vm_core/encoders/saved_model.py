@@ -25,11 +25,7 @@ class Plugin(Encoder):
     def model_digest(self) -> str:
         if self.path.startswith(_HANDLE):
             return f"{self.path} {self.output}"  # handles name an immutable version
-        if not storage.exists(storage.join(self.path, "saved_model.pb")):
-            raise VisualMemoryError(
-                f"encoder: {self.path!r} is not a SavedModel (it has no saved_model.pb). Give the "
-                "folder that tf.saved_model.save wrote, or a TF-Hub handle"
-            )
+        self._check_folder()
         # fingerprint.pb is left out: writing the same model again changes it.
         digest = digest_files(
             self.path, lambda name: name == "saved_model.pb" or name.startswith("variables/")
@@ -46,6 +42,7 @@ class Plugin(Encoder):
         if self.path.startswith(_HANDLE):
             model = hub.load(self.path)
         else:
+            self._check_folder()
             with storage.local_copy(self.path) as folder:
                 model = hub.load(folder)
         if callable(model):
@@ -60,6 +57,13 @@ class Plugin(Encoder):
         return compile_embed(
             lambda images: self._pick(call(images)), self.preprocessing, keep=model
         )
+
+    def _check_folder(self) -> None:
+        if not storage.exists(storage.join(self.path, "saved_model.pb")):
+            raise VisualMemoryError(
+                f"encoder: {self.path!r} is not a SavedModel (it has no saved_model.pb). Give the "
+                "folder that tf.saved_model.save wrote, or a TF-Hub handle"
+            )
 
     def _pick(self, outputs: Any) -> Any:
         if not isinstance(outputs, dict):

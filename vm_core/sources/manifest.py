@@ -49,6 +49,10 @@ class Plugin(Source):
                 f"columns: {', '.join(table.column_names)}. Name them with path_column, "
                 "label_column, id_column and split_column"
             )
+        if doubled := [name for name in required if table.column_names.count(name) > 1]:
+            raise VisualMemoryError(
+                f"manifest {self.path!r} has more than one column {doubled[0]!r}. Rename the others"
+            )
         columns = [self._column(table, name) for name in required[:2]]
         ids = self._column(table, self.id_column) if self.id_column else columns[0]
         rows = list(zip(ids, *columns, strict=True))
