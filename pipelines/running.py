@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
+import contextlib
+import io
 import re
 from collections.abc import Callable, Mapping, Sequence
 
 import apache_beam as beam
 from apache_beam.options.pipeline_options import PipelineOptions, SetupOptions, StandardOptions
+from apache_beam.runners import create_runner
 
 from vm_core import progress
 from vm_core.errors import VisualMemoryError
@@ -25,21 +29,33 @@ def pipeline_options(arguments: Sequence[str]) -> PipelineOptions:
 
 
 def check_beam_arguments(arguments: Sequence[str]) -> Sequence[str]:
-    """Raises VisualMemoryError for options that nobody takes, typing errors most likely.
+    """Raises VisualMemoryError for options that nobody takes, and for values Beam refuses.
 
     Another runner may have options that only its job server knows; they pass.
     """
-    options = PipelineOptions(list(arguments))
-    if options.view_as(StandardOptions).runner in (None, "DirectRunner", LOCAL_RUNNER):
-        known = options.get_all_options()
-        every = options.get_all_options(retain_unknown_options=True)
-        if unknown := sorted(set(every) - set(known)):
+    parsers: list[argparse.ArgumentParser] = []
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+        try:
+            options = PipelineOptions(list(arguments))
+            options.get_all_options(add_extra_args_fn=parsers.append)
+            _, unknown = parsers[0].parse_known_args(list(arguments))
+        except SystemExit:  # what argparse does about an unusable value, after pages of usage
+            reason = said.getvalue().rpartition("error: ")[2].strip()
+            raise VisualMemoryError(f"{reason}. See Beam's documentation of this option") from None
+    runner = options.view_as(StandardOptions).runner or LOCAL_RUNNER
+    try:
+        create_runner(runner)
+    except (ImportError, ValueError) as error:
+        raise VisualMemoryError(f"--runner={runner}: {error}") from error
+    if runner not in ("DirectRunner", LOCAL_RUNNER):
+        unknown = [argument for argument in arguments[:1] if not argument.startswith("-")]
+    if unknown:
+        name = unknown[0].partition("=")[0]
+        if name.startswith("-"):
             raise VisualMemoryError(
-                f"unknown option --{unknown[0]}: neither this command nor Beam has it. See --help"
+                f"unknown option {name}: neither this command nor Beam has it. See --help"
             )
-    stray = [a for a in arguments[:1] if not a.startswith("-")]
-    if stray:
-        raise VisualMemoryError(f"unexpected argument {stray[0]!r}. See --help")
+        raise VisualMemoryError(f"unexpected argument {unknown[0]!r}. See --help")
     return arguments
 
 

@@ -116,13 +116,19 @@ class Memory:
         path = storage.join(self.root, "versions", f"{name}.json")
         if not storage.exists(path):
             raise VisualMemoryError(f"{root!r} has no version {name!r}: {path} does not exist")
-        settings = json.loads(storage.read_bytes(path))
-        if settings.get("format") != FORMAT:
+        try:
+            settings = dict(json.loads(storage.read_bytes(path)))
+            if settings.get("format") != FORMAT:
+                raise VisualMemoryError(
+                    f"{path} has format {settings.get('format')!r}, this program reads {FORMAT}. "
+                    "Build the memory again, or use the release that wrote it"
+                )
+            self.manifest = Manifest.model_validate(settings)
+        except (ValueError, TypeError) as error:
+            reason = str(error).partition("\n")[0]
             raise VisualMemoryError(
-                f"{path} has format {settings.get('format')!r}, this program reads {FORMAT}. "
-                "Build the memory again, or use the release that wrote it"
-            )
-        self.manifest = Manifest.model_validate(settings)
+                f"{path} is damaged: {reason}. Restore it, or build the memory again"
+            ) from error
 
     @cached_property
     def classes(self) -> ClassTable:
@@ -204,7 +210,8 @@ def _version_numbers(root: str) -> list[int]:
     folder = storage.join(root, "versions")
     # Not a glob pattern: the memory's own path may have brackets in it.
     files = storage.walk(folder) if storage.is_directory(folder) else []
-    return [int(file.path.rpartition("/")[2].removesuffix(".json")) for file in files]
+    names = [file.path.rpartition("/")[2] for file in files]
+    return [int(name.removesuffix(".json")) for name in names if name.endswith(".json")]
 
 
 def _add(counts: Iterable[dict[Any, int]]) -> dict[Any, int]:

@@ -33,14 +33,14 @@ def of_memory(memory: Memory, classes: int = 20) -> RenderableType:
     by_class.columns[1].justify = "right"
     counts = sorted(manifest.class_counts().items(), key=lambda item: (-item[1], item[0]))
     for label, count in counts[:classes]:
-        by_class.add_row(memory.classes.name(label), f"{count:,}")
+        by_class.add_row(Text(memory.classes.name(label)), f"{count:,}")
     if len(counts) > classes:
         rest = sum(count for _, count in counts[classes:])
         by_class.add_row(f"({len(counts) - classes:,} more classes)", f"{rest:,}")
     by_source = Table("source", "images", title="Sources", title_justify="left", box=None)
     by_source.columns[1].justify = "right"
     for source, count in manifest.source_counts().items():
-        by_source.add_row(source, f"{count:,}")
+        by_source.add_row(Text(source), f"{count:,}")
     parts: list[RenderableType] = [facts, Text(), by_source, Text(), by_class]
     if reasons := manifest.reasons():
         table = Table("images", "reason", title="Quarantine", title_justify="left", box=None)

@@ -151,7 +151,9 @@ _KILLED = textwrap.dedent(
 )
 
 
-def test_a_killed_run_goes_on_where_it_was(memory, few_photos, small_encoder, tmp_path, monkeypatch):
+def test_a_killed_run_goes_on_where_it_was(
+    memory, few_photos, small_encoder, tmp_path, monkeypatch
+):
     monkeypatch.setattr("vm_core.sources.folder.IMAGES_PER_SPLIT", 4)
     root = tmp_path / "memory"
     settings = configuration(root, small_encoder, few_photos)
@@ -206,7 +208,11 @@ def test_counts_add_up_and_quarantine_says_why(inputs, small_encoder, tmp_path):
     assert manifest.total("embedded") == files - 2 == sum(manifest.class_counts().values())
     assert manifest.total("duplicates") == twice
     assert manifest.source_counts() == {"few": files - 2}
-    rows = table(f"{tmp_path}/memory/builds/*/quarantine-*.parquet".replace("*/quar", manifest.build + "/quar"))
+    rows = table(
+        f"{tmp_path}/memory/builds/*/quarantine-*.parquet".replace(
+            "*/quar", manifest.build + "/quar"
+        )
+    )
     found = sorted((row["id"], row["source"], row["reason"]) for row in rows.to_pylist())
     assert [row[:2] for row in found] == [
         ("few/iris/empty.jpg", "few"),

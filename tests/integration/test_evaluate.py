@@ -115,9 +115,7 @@ def test_equals_the_same_computation_without_beam(memory, queries, evaluated):
     votes = vote(found.labels, found.distances)
     for voter in VOTERS:
         predicted = predictions_in(plan.output, voter)
-        np.testing.assert_array_equal(
-            [predicted[id] for id in block.ids], votes[voter].predictions
-        )
+        np.testing.assert_array_equal([predicted[id] for id in block.ids], votes[voter].predictions)
     tuning = np.array([unit_interval(id, "tuning") < 0.3 for id in block.ids])
     assert 0 < tuning.sum() < len(block) - 1
     for name, chosen in (("tuning", tuning), ("test", ~tuning)):
@@ -152,7 +150,9 @@ def test_several_workers_and_other_shards(memory, queries, evaluated, tmp_path, 
     for name in ("query_ids", "query_labels", "ids", "labels", "distances"):
         np.testing.assert_array_equal(getattr(ours, name), getattr(theirs, name))
     assert (tmp_path / "accuracy.csv").read_bytes() == Path(plan.path("accuracy.csv")).read_bytes()
-    assert (tmp_path / "per_class.csv").read_bytes() == Path(plan.path("per_class.csv")).read_bytes()
+    assert (tmp_path / "per_class.csv").read_bytes() == Path(
+        plan.path("per_class.csv")
+    ).read_bytes()
 
 
 def test_counts_and_unknown_classes(evaluated):
@@ -217,9 +217,7 @@ def test_a_second_run_does_nothing(memory, queries, evaluated, monkeypatch):
     assert again == results and calls == [] and files_below(plan.output) == before
 
 
-def test_exported_neighbours_analysed_give_the_same_accuracies(
-    memory, queries, tmp_path
-):
+def test_exported_neighbours_analysed_give_the_same_accuracies(memory, queries, tmp_path):
     plan, results = run(
         memory, tmp_path, queries=folder_source(queries), max_failure_share=0.1, tuning_share=0
     )
@@ -269,9 +267,7 @@ def other_memory(photos, small_encoder, tmp_path_factory):
     return build_memory(configuration(folder / "memory", small_encoder, folder / "more"))
 
 
-def test_the_shards_of_another_memory_have_their_labels_translated(
-    memory, other_memory, tmp_path
-):
+def test_the_shards_of_another_memory_have_their_labels_translated(memory, other_memory, tmp_path):
     pattern = f"{other_memory.root}/builds/*/embeddings-*.tfrecord"
     _, results = run(memory, tmp_path, embeddings=pattern, tuning_share=0)
     found = neighbors_in(tmp_path)
@@ -391,7 +387,10 @@ def test_one_query(memory, queries, tmp_path):
     shutil.copy(photo, tmp_path / "one" / "rose")
     for share in (0.0, 0.999999):
         _, results = run(
-            memory, tmp_path / f"{share}", queries=folder_source(tmp_path / "one"), tuning_share=share
+            memory,
+            tmp_path / f"{share}",
+            queries=folder_source(tmp_path / "one"),
+            tuning_share=share,
         )
         assert results["queries"]["test"] == (1 if share == 0 else 0)
 
