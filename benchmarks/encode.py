@@ -80,7 +80,8 @@ def timed(work: Callable[[], object]) -> float:
 
 def select(folder: str, count: int, target: str) -> list[str]:
     """Links the first ``count`` images below a folder into ``target``; returns their paths."""
-    files = sorted(path for path in Path(folder).rglob("*") if path.is_file())[:count]
+    found = Path(folder).rglob("[!.]*")
+    files = sorted(path for path in found if path.is_file())[:count]
     chosen: list[str] = []
     for path in files:
         link = Path(target, "class", f"{len(chosen):06d}{path.suffix}")

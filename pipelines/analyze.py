@@ -12,8 +12,9 @@ from collections.abc import Sequence
 from rich.console import Console
 
 from pipelines import commands
-from vm_core import summary
+from vm_core import storage, summary
 from vm_core.analysis import analyze
+from vm_core.errors import VisualMemoryError
 from vm_core.pruning import HARD_THRESHOLD
 
 
@@ -47,6 +48,9 @@ def command(arguments: Sequence[str]) -> None:
         "--out", required=True, metavar="DIR", help="for metrics.json and predictions.parquet"
     )
     options = parser.parse_args(arguments)
+    for path in (options.queries, options.leave_one_out):
+        if path is not None and not storage.exists(path):
+            raise VisualMemoryError(f"neighbour table {path!r} does not exist. Give a JSON file")
     results = analyze(
         options.queries,
         options.leave_one_out,

@@ -159,7 +159,7 @@ def command(arguments: Sequence[str]) -> None:
         "output": options.output or (None if options.config else "evaluation"),
         "k": options.k,
     }
-    overrides = {key: value for key, value in given.items() if value}
+    overrides = {key: value for key, value in given.items() if value not in (None, [])}
     configuration = config.load(EvaluationConfig, options.config, options.set, overrides)
     plan, results = evaluate(configuration, beam_arguments)
     if options.export_neighbors:

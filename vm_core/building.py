@@ -22,6 +22,7 @@ from vm_core import encoders, index, memory, plugins, sources, storage
 from vm_core.classes import ClassTable
 from vm_core.embedding import Embedded, EmbedPlan, ImageSettings, gather
 from vm_core.encoders import Encoder
+from vm_core.errors import VisualMemoryError
 from vm_core.failures import check_failures, count_reasons, quarantine_table
 from vm_core.index import Index
 from vm_core.memory import Manifest, PartitionEntry, ShardEntry
@@ -38,6 +39,8 @@ class BuildConfig(plugins.Settings):
     memory: where it goes, a folder or a bucket's prefix. shards: into how many files
     the embeddings are spread; about 50,000 rows each. dtype: how they are stored.
     max_failure_share: share of the images that may be unusable before the build fails.
+    minimum_recall: recall at 10, against exact search on held-out queries, under which an
+    approximate index is not published.
     """
 
     memory: str
@@ -48,6 +51,7 @@ class BuildConfig(plugins.Settings):
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     index: SerializeAsAny[Index] = Field(default_factory=lambda: index.parse({"kind": "auto"}))
     max_failure_share: float = Field(0.01, ge=0, le=1)
+    minimum_recall: float = Field(0.9, ge=0, le=1)
 
     @field_validator("sources", mode="before")
     @classmethod
@@ -244,9 +248,14 @@ def build_partition(plan: BuildPlan, number: int, entries: Sequence[ShardEntry])
 def publish(
     plan: BuildPlan, partitions: Iterable[PartitionEntry], entries: Iterable[ShardEntry]
 ) -> Manifest:
-    """Publishes the finished build as the memory's next version; removes its checkpoints."""
+    """Publishes the finished build as the memory's next version; removes its checkpoints.
+
+    Raises VisualMemoryError if an index finds too little of the exact answer.
+    """
     entries = sorted(entries, key=lambda entry: entry.embeddings)
     partitions = sorted(partitions, key=lambda entry: entry.folder)
+    for partition in partitions:
+        _check_recall(partition, plan.config.minimum_recall)
     classes = f"{plan.folder}/classes.parquet"
     class_bytes = plan.classes.to_parquet()
     storage.write_bytes(plan.path(classes), class_bytes)
@@ -282,6 +291,16 @@ def publish(
     _remove_leftovers(plan.path(plan.folder))
     logging.info("published version %s of %s", published.version, plan.root)
     return published
+
+
+def _check_recall(partition: PartitionEntry, minimum: float) -> None:
+    recall = 1.0 if partition.recall is None else partition.recall[10]
+    if recall < minimum:
+        raise VisualMemoryError(
+            f"the {partition.index.kind} index of {partition.folder} has recall@10 {recall:.3f}; "
+            f"minimum_recall is {minimum}. Search more of it (--set index.leaves_to_search=N, "
+            "--set index.reorder=N), use --set index.kind=exact, or lower minimum_recall"
+        )
 
 
 def _remove_leftovers(folder: str) -> None:

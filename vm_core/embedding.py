@@ -125,8 +125,8 @@ def by_shard(embedded: Embedded, shards: int) -> Iterator[tuple[int, Embedded]]:
 def gather(parts: Iterable[Embedded]) -> tuple[Embedded, int]:
     """All parts as one, rows sorted by id and each id once; and the number of duplicates.
 
-    Of rows with one id the first in the order of label, source and vector stays, so
-    the result does not depend on the order of the parts.
+    Of rows with one id the first in the order of label, source, vector and thumbnail
+    stays, so the result does not depend on the order of the parts.
     """
     parts = list(parts)
     rejected = sorted({item for part in parts for item in part.rejected})
@@ -137,7 +137,8 @@ def gather(parts: Iterable[Embedded]) -> tuple[Embedded, int]:
     block = EmbeddingBlock.concatenate(blocks)
 
     def priority(row: int) -> tuple:
-        return int(block.labels[row]), block.sources[row], block.vectors[row].tobytes()
+        thumbnail = b"" if block.thumbnails is None else block.thumbnails[row]
+        return int(block.labels[row]), block.sources[row], block.vectors[row].tobytes(), thumbnail
 
     chosen: dict[str, int] = {}
     for row, id in enumerate(block.ids):

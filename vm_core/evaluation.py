@@ -30,6 +30,7 @@ from vm_core.metrics import EvaluationMetrics
 from vm_core.neighbors import NEIGHBORS_SCHEMA, Neighbors, from_arrow, to_arrow, write_json
 from vm_core.predictions import PREDICTIONS_SCHEMA, predictions_table
 from vm_core.progress import report
+from vm_core.pruning import with_self
 from vm_core.records import UNKNOWN, Embedded, EmbeddingBlock, unit_interval
 from vm_core.report import render_evaluation
 from vm_core.search import find_neighbors
@@ -333,8 +334,14 @@ def finished_results(plan: EvaluationPlan) -> dict[str, Any] | None:
 
 
 def export_neighbors(plan: EvaluationPlan, path: str) -> None:
-    """Writes the neighbours of all queries as the paper's JSON."""
-    write_json(path, _read_neighbors(plan), featurizer=plan.encoder.path)
+    """Writes the neighbours of all queries as the paper's JSON.
+
+    In a leave-one-out table every item is its own first neighbour, as in the paper's.
+    """
+    blocks = _read_neighbors(plan)
+    if plan.config.leave_one_out:
+        blocks = map(with_self, blocks)
+    write_json(path, blocks, featurizer=plan.encoder.path)
 
 
 def _read_neighbors(plan: EvaluationPlan) -> Iterator[Neighbors]:

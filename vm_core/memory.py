@@ -141,7 +141,15 @@ class Memory:
         """Loads one partition of the index, ready to search."""
         entry = self.manifest.partitions[number]
         shards = [self.path(shard) for shard in entry.shards]
-        return entry.index.open(shards, self.path(entry.folder))
+        partition = entry.index.open(shards, self.path(entry.folder))
+        if len(partition.ids) != entry.count:
+            # A shard cut off between two records still reads well.
+            raise VisualMemoryError(
+                f"partition {self.path(entry.folder)} has {len(partition.ids):,} rows where the "
+                f"manifest says {entry.count:,}: files are missing or cut off. Restore them or "
+                "build again"
+            )
+        return partition
 
     def encoder(self, path: str | None = None) -> Encoder:
         """The encoder for queries, from ``path`` if the model has moved.

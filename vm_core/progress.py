@@ -68,7 +68,7 @@ def display(stages: Mapping[str, int | None], console: Console | None = None) ->
     }
     receiver = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
     receiver.bind(("127.0.0.1", 0))
-    receiver.settimeout(0.2)
+    receiver.settimeout(0.05)
     finished = threading.Event()
 
     def listen() -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -31,6 +31,16 @@ def without_self(block: Neighbors) -> Neighbors:
     lengths = (block.labels[absent] >= 0).sum(axis=1)
     removed[absent[lengths > 0], lengths[lengths > 0] - 1] = True
     return block.remove(removed).first(max(0, block.k - 1))
+
+
+def with_self(block: Neighbors) -> Neighbors:
+    """The (Q, K) block as (Q, K + 1), every query its own first neighbour, at distance 0."""
+    return replace(
+        block,
+        ids=np.column_stack([block.query_ids, block.ids]),
+        labels=np.column_stack([block.query_labels, block.labels]),
+        distances=np.pad(block.distances, ((0, 0), (1, 0))),
+    )
 
 
 @dataclass

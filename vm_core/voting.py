@@ -13,7 +13,9 @@ the winning score first stays the winner.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -24,9 +26,9 @@ from vm_core.records import PADDING
 
 VOTERS = ("plurality", "distance", "softmax", "rank")
 
-# The table of running scores of this many queries with 100 neighbours, 8 bytes each,
-# stays in a core's second-level cache.
-_SCORES_IN_CACHE = 1024 * 100
+# Blocks of queries run in parallel: NumPy lets go of Python's lock, and its calls must be
+# long enough to outweigh Python's own steps between them.
+_SCORES_PER_BLOCK = 8192 * 100
 
 
 @dataclass(frozen=True)
@@ -151,9 +153,8 @@ def _vote(
         voter: Votes(np.empty(shape, np.int64), np.empty(shape) if confidences else None)
         for voter in voters
     }
-    step = max(1, _SCORES_IN_CACHE // max(1, k))
-    for start in range(0, queries, step):
-        rows = slice(start, start + step)
+
+    def vote_block(rows: slice) -> None:
         # Rank by rank over many queries at once: (K, B), so that one rank is contiguous.
         block_distances = np.ascontiguousarray(distances[rows].T, dtype=np.float64)
         masked = None if counted[rows].all() else counted[rows].T
@@ -173,6 +174,14 @@ def _vote(
                 np.divide(best[1:].T, totals, out=shares[rows], where=totals > 0)
                 shares[rows][totals <= 0] = 0.0
                 np.minimum(shares[rows], 1.0, out=shares[rows])  # two roundings apart
+
+    step = max(1, _SCORES_PER_BLOCK // max(1, k))
+    blocks = [slice(start, start + step) for start in range(0, queries, step)]
+    if len(blocks) == 1:
+        vote_block(blocks[0])
+    else:
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            list(pool.map(vote_block, blocks))
     return votes
 
 

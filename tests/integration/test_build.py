@@ -4,6 +4,7 @@ import dataclasses
 import os
 import shutil
 import signal
+import struct
 import textwrap
 from pathlib import Path
 
@@ -28,7 +29,7 @@ from vm_core.building import BuildConfig
 from vm_core.embedding import BatchedEncoder
 from vm_core.errors import VisualMemoryError
 from vm_core.memory import Memory
-from vm_core.records import shard_of
+from vm_core.records import shard_of, unit_interval
 
 
 @pytest.fixture
@@ -151,6 +152,7 @@ _KILLED = textwrap.dedent(
 )
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_where_it_was(
     memory, few_photos, small_encoder, tmp_path, monkeypatch
 ):
@@ -159,7 +161,7 @@ def test_a_killed_run_goes_on_where_it_was(
     settings = configuration(root, small_encoder, few_photos)
     config = write_config(tmp_path / "config.yaml", settings)
 
-    run = run_python("-c", _KILLED, config, "/work/", "4")
+    run = run_python("-c", _KILLED, config, ".arrow", "4")
     assert run.returncode == -signal.SIGKILL, run.stderr
     (work,) = (root / "work").iterdir()
     assert len(list(work.glob("*.arrow"))) == 3
@@ -199,7 +201,7 @@ def test_counts_add_up_and_quarantine_says_why(inputs, small_encoder, tmp_path):
     )
     manifest = build_memory(settings).manifest
     twice = sum(
-        0.5 <= building.sources.unit_interval(f"few/{path.relative_to(inputs)}", "share")
+        unit_interval(f"few/{path.relative_to(inputs)}", "share") >= 0.5
         for path in inputs.rglob("*")
         if path.is_file()
     )
@@ -326,3 +328,21 @@ def test_without_thumbnails(memory, few_photos, small_encoder, tmp_path):
     assert built.thumbnails(rows_of(memory).ids) == {}
     assert not list(Path(tmp_path).rglob("thumbnails*"))
     np.testing.assert_array_equal(rows_of(built).vectors, rows_of(memory).vectors)
+
+
+def test_an_index_that_finds_too_little_is_not_published(memory, tmp_path):
+    config = BuildConfig.model_validate({**memory.manifest.config, "memory": str(tmp_path)})
+    plan, _ = building.plan_build(config)
+    poor = memory.manifest.partitions[0].model_copy(update={"recall": {1: 0.9, 10: 0.85}})
+    with pytest.raises(VisualMemoryError, match=r"recall@10 0\.850; minimum_recall is 0\.9\."):
+        building.publish(plan, [poor], memory.manifest.shards)
+    assert not (tmp_path / "CURRENT").exists()
+
+
+def test_a_shard_cut_off_between_records_is_noticed(memory, tmp_path):
+    moved = Memory(str(shutil.copytree(memory.root, tmp_path / "copy")))
+    path = Path(moved.path(moved.manifest.partitions[0].shards[0]))
+    (length,) = struct.unpack("<Q", path.read_bytes()[:8])
+    path.write_bytes(path.read_bytes()[: 16 + length])
+    with pytest.raises(VisualMemoryError, match="files are missing or cut off"):
+        moved.open_partition(0)

@@ -70,6 +70,7 @@ def test_several_workers(settings, reference, tmp_path, monkeypatch, workers):
     assert_same(build_memory({**settings, "memory": str(tmp_path)}, *workers), reference)
 
 
+@pytest.mark.slow
 def test_a_process_with_other_hashes_of_strings(settings, reference, tmp_path):
     config = write_config(tmp_path / "config.yaml", {**settings, "memory": str(tmp_path / "m")})
     run = run_python("-m", "pipelines.build", "--config", config, PYTHONHASHSEED="1")
@@ -99,6 +100,7 @@ def test_shuffled_manifest(few_photos, small_encoder, tmp_path, monkeypatch):
     assert_same(memories[2], memories[0])
 
 
+@pytest.mark.slow
 def test_the_real_encoder_over_two_processes(photos, encoder_path, tmp_path, monkeypatch):
     monkeypatch.setattr("vm_core.sources.folder.IMAGES_PER_SPLIT", 25)
     source = {"kind": "folder", "path": photos, "share": [0, 0.3]}

@@ -98,7 +98,7 @@ def test_an_answer_does_not_depend_on_what_is_searched_beside_it():
     expected, expected_distances = brute_force(wanted[:50], vectors[keep], 30)
     np.testing.assert_array_equal(some, expected)
     np.testing.assert_array_equal(some_distances, expected_distances)
-    reordered, reordered_distances = top_k(wanted[:50], vectors[::-1], 30)
+    _, reordered_distances = top_k(wanted[:50], vectors[::-1], 30)
     np.testing.assert_array_equal(reordered_distances, together_distances[:50])
 
 
