@@ -31,20 +31,21 @@ def define_pipeline(
     missing = frozenset(range(shards)) - finished.keys()
     embedded = (
         root
-        | "Splits" >> beam.Create(splits if missing else [])
-        | "Spread" >> beam.Reshuffle()
+        | "Splits" >> beam.Create(splits if missing else [])  # spreads them over the workers
         | "Embed" >> beam.ParDo(EmbedSplits(plan.embedding, shards, _wanted(missing, shards)))
         | "Missing" >> beam.Filter(lambda part: part[0] in missing)
     )
     # A shard that no image falls into is written all the same: every one has its files.
-    empty = root | "Shards" >> beam.Create([(shard, Embedded.nothing()) for shard in missing])
+    empty = root | "Shards" >> beam.Create(
+        [(shard, Embedded.nothing()) for shard in missing], reshuffle=False
+    )
     written = (
         (embedded, empty)
         | "Gather" >> beam.Flatten()
         | "GroupByShard" >> beam.GroupByKey()
         | "WriteShards" >> beam.MapTuple(partial(building.write_shard_files, plan))
     )
-    done = root | "Finished" >> beam.Create(list(finished.values()))
+    done = root | "Finished" >> beam.Create(list(finished.values()), reshuffle=False)
     entries = (written, done) | "AllShards" >> beam.Flatten() | "List" >> beam.combiners.ToList()
     partitions = (
         entries

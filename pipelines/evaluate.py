@@ -80,7 +80,7 @@ class MergeOutcomes(beam.CombineFn):
 def define_pipeline(root: beam.Pipeline, plan: EvaluationPlan, work: Sequence[Any]) -> None:
     """Adds a planned evaluation to a pipeline."""
     shards = plan.config.query_shards
-    spread = root | "Work" >> beam.Create(work) | "Spread" >> beam.Reshuffle()
+    spread = root | "Work" >> beam.Create(work)  # spreads it over the workers
     if plan.config.queries:
         embedded = spread | "Embed" >> beam.ParDo(EmbedSplits(plan.embedding, shards))
     else:
@@ -89,7 +89,9 @@ def define_pipeline(root: beam.Pipeline, plan: EvaluationPlan, work: Sequence[An
             | "Read" >> beam.FlatMap(partial(evaluation.read_embeddings, plan))
             | "ByShard" >> beam.FlatMap(by_shard, shards)
         )
-    empty = root | "Shards" >> beam.Create([(shard, Embedded.nothing()) for shard in range(shards)])
+    empty = root | "Shards" >> beam.Create(
+        [(shard, Embedded.nothing()) for shard in range(shards)], reshuffle=False
+    )
     _ = (
         (embedded, empty)
         | "Gather" >> beam.Flatten()

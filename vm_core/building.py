@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import cache
 from typing import Any, Literal
 
 import pyarrow as pa
@@ -20,7 +21,7 @@ from pydantic import Field, SerializeAsAny, field_validator
 
 from vm_core import encoders, index, memory, plugins, sources, storage
 from vm_core.classes import ClassTable
-from vm_core.embedding import Embedded, EmbedPlan, ImageSettings, gather
+from vm_core.embedding import EmbedPlan, ImageSettings, gather
 from vm_core.encoders import Encoder
 from vm_core.errors import VisualMemoryError
 from vm_core.failures import check_failures, count_reasons, quarantine_table
@@ -28,6 +29,7 @@ from vm_core.index import Index
 from vm_core.memory import Manifest, PartitionEntry, ShardEntry
 from vm_core.progress import report
 from vm_core.recall import measure_recall
+from vm_core.records import Embedded, EmbeddingBlock
 from vm_core.shards import write_shard
 from vm_core.sources import Source, Split
 from vm_core.tables import write_table
@@ -230,16 +232,20 @@ def build_partition(plan: BuildPlan, number: int, entries: Sequence[ShardEntry])
     if storage.exists(marker):
         return PartitionEntry.model_validate_json(storage.read_bytes(marker))
     shards = [entry.embeddings for entry in entries if entry.embedded]
-    block = index.read_rows([plan.path(shard) for shard in shards])
+
+    @cache
+    def read() -> EmbeddingBlock:
+        return index.read_rows([plan.path(shard) for shard in shards])
+
     with storage.write_directory_atomic(plan.path(folder)) as local:
-        chosen.build(block, local)
+        chosen.build(read, local)
         files = index.checksums(local)
     partition = PartitionEntry(
         folder=folder, shards=shards, count=rows, index=chosen, files=files, recall=None
     )
     if chosen.kind != "exact":
         opened = chosen.open([plan.path(shard) for shard in shards], plan.path(folder))
-        partition.recall = measure_recall(opened.search, block)
+        partition.recall = measure_recall(opened.search, read())
     storage.write_bytes(marker, partition.model_dump_json(indent=1).encode())
     report("index", 1)
     return partition

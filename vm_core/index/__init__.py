@@ -41,8 +41,8 @@ class Index(plugins.Settings):
         """The index to build for a partition of so many rows."""
         return self
 
-    def build(self, block: EmbeddingBlock, folder: str) -> None:
-        """Writes the index of a partition's rows into a local folder."""
+    def build(self, read: Callable[[], EmbeddingBlock], folder: str) -> None:
+        """Writes an index into a local folder; ``read`` gives the partition's rows."""
         raise NotImplementedError
 
     def open(self, shards: Sequence[str], folder: str) -> Partition:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import numpy as np
@@ -20,7 +20,7 @@ class Plugin(Index):
 
     kind: Literal["exact"] = "exact"
 
-    def build(self, block: EmbeddingBlock, folder: str) -> None:
+    def build(self, read: Callable[[], EmbeddingBlock], folder: str) -> None:
         pass
 
     def open(self, shards: Sequence[str], folder: str) -> Partition:

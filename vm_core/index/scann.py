@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -36,7 +36,8 @@ class Plugin(Index):
     dimensions_per_block: int = Field(2, ge=1)
     anisotropic_threshold: float = Field(0.2, gt=0, lt=1)
 
-    def build(self, block: EmbeddingBlock, folder: str) -> None:
+    def build(self, read: Callable[[], EmbeddingBlock], folder: str) -> None:
+        block = read()
         if len(block) < _MINIMUM_ROWS:
             raise VisualMemoryError(
                 f"a ScaNN index needs at least {_MINIMUM_ROWS:,} rows to learn its codebook; the "

@@ -37,7 +37,7 @@ def folder(rows, tmp_path_factory):
     """An index that was built in one place and moved to another."""
     built = tmp_path_factory.mktemp("built") / "partition"
     built.mkdir()
-    scann.Plugin().build(rows, str(built))
+    scann.Plugin().build(lambda: rows, str(built))
     moved = tmp_path_factory.mktemp("moved") / "elsewhere"
     shutil.move(built, moved)
     return str(moved)
@@ -90,7 +90,7 @@ def test_recall_of_exact_search_is_1_and_of_nonsense_is_0(rows):
 
 
 def test_leaves_that_hold_fewer_than_k_rows_give_padding_and_no_false_neighbour(rows, tmp_path):
-    scann.Plugin(leaves=400, leaves_to_search=1).build(rows, str(tmp_path))
+    scann.Plugin(leaves=400, leaves_to_search=1).build(lambda: rows, str(tmp_path))
     partition = scann.Plugin(leaves=400, leaves_to_search=1).open([], str(tmp_path))
     queries = mixture(100, seed=3).vectors
     found, distances = partition.search(queries, 100)
@@ -109,7 +109,7 @@ def test_leaves_that_hold_fewer_than_k_rows_give_padding_and_no_false_neighbour(
 def test_more_neighbours_than_rows(rows, tmp_path):
     few = rows.take(np.arange(1_000))
     settings = scann.Plugin(leaves=4, leaves_to_search=4)
-    settings.build(few, str(tmp_path))
+    settings.build(lambda: few, str(tmp_path))
     found, distances = settings.open([], str(tmp_path)).search(few.vectors[:3], 1_200)
     for row in found:
         np.testing.assert_array_equal(np.sort(row[:1_000]), np.arange(1_000))
@@ -118,7 +118,7 @@ def test_more_neighbours_than_rows(rows, tmp_path):
 
 def test_equal_distances_are_tied_by_row(rows, tmp_path):
     twice = dataclasses.replace(rows, vectors=np.repeat(rows.vectors[::2], 2, axis=0))
-    scann.Plugin().build(twice, str(tmp_path))
+    scann.Plugin().build(lambda: twice, str(tmp_path))
     found, distances = scann.Plugin().open([], str(tmp_path)).search(twice.vectors[:50], 8)
     tied = np.diff(distances, axis=1) == 0
     assert tied.any() and (np.diff(found, axis=1)[tied] > 0).all()
@@ -126,7 +126,7 @@ def test_equal_distances_are_tied_by_row(rows, tmp_path):
 
 def test_too_few_rows(rows, tmp_path):
     with pytest.raises(VisualMemoryError, match=r"at least 1,000 rows.*partition has 999"):
-        scann.Plugin().build(rows.take(np.arange(999)), str(tmp_path))
+        scann.Plugin().build(lambda: rows.take(np.arange(999)), str(tmp_path))
 
 
 def test_auto_chooses_by_the_number_of_rows():
