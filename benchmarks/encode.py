@@ -13,6 +13,10 @@ configured by default, which also makes a picture of every image for the reports
 
 Expected: Beam is called once per split of 512 images, so it should cost next to nothing
 beside 5 s of encoding a split; writing shards about a percent; thumbnails 0.4 ms an image.
+Came, on 2 shared cores: decoding and encoding alone is as fast as the bare loop. A build
+costs 0.8 s more, however few its images, most of it Beam making and starting its graph:
+4% of 2,000 images. Single runs differ by 10%; medians gave 0.91 and 1.01 without
+thumbnails, 0.88 and 0.94 with them.
 """
 
 from __future__ import annotations

@@ -10,15 +10,15 @@ str and refuses NaN. Each reads the file that it wrote; the columns that come ba
 compared. Our writing includes a SHA-256 and an fsync, which the peer's does not.
 
 tf.data's parallelism is fixed, the best of those tried, and its autotuning is off. With
-AUTOTUNE one pass takes 0.31 or 0.63 s whatever the file (its tuning thread sleeps twice
-as long each time and is waited for), which would flatter us by a factor of up to two.
+AUTOTUNE one pass takes 0.31 or 0.63 s whatever the file (its tuning thread, it seems, is
+waited for), which would flatter us by a factor of up to two.
 
 Expected: a reading ratio near 2 for 384 numbers a row, where the peer's cost per record
 counts, and near 1 for 1280, where both wait for memory and the peer has two threads to
-our one. Came, on 2 shared cores at quiet moments: 1.3 for 384, 1.6 for 1280 float32 and
-1.2 for 1280 float16; under other load single runs differ by a factor of two. Surprises:
+our one. Came, medians on 2 quiet cores: 1.25 for 384 float32, 0.97 for 384 float16, 1.47
+and 1.37 for 1280; under other load single runs differ by a factor of two. Surprises:
 NumPy's float16 conversion was half of our time at 1280, so the reader has a faster one;
-blocks over 32 MiB cost up to half more, as the allocator maps new pages for each.
+blocks over 32 MiB cost up to half more, probably as the allocator maps new pages for each.
 """
 
 from __future__ import annotations

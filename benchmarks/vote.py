@@ -15,10 +15,10 @@ measured on a random 10,000 queries (the time scaled by five), in three rounds; 
 ours runs three times over all queries, so that all meet the same load. Medians count.
 Predictions must be identical on the subset.
 
-Expected: at least 20 times the published speed, 100 hoped for. Came out, in four runs
-on two cores busy with other work: 70, 87, 87 and 104 times (0.42 to 0.81 s against 36
-to 57 s), and 9 to 14 times the stripped loop. Half of the published time is the softmax
-voter's checks.
+Expected: at least 20 times the published speed, 100 hoped for. Came, on 2 shared cores,
+in eight runs: 70 to 104 times, most often 80 to 90 (0.34 to 0.81 s against 31 to 57 s),
+and 9 to 14 times the stripped loop. Half of the published time is the softmax voter's
+checks. Half of ours is NumPy gathering the scores, one class at a time for each query.
 """
 
 from __future__ import annotations
