@@ -42,8 +42,8 @@ def report(stage: str, count: int) -> None:
 
 class _Rate(ProgressColumn):
     def render(self, task: Task) -> Text:
-        speed = task.finished_speed or task.speed
-        return Text(f"{speed:,.0f}/s" if speed else "", style="cyan")
+        elapsed = task.finished_time or task.elapsed
+        return Text(f"{task.completed / elapsed:,.0f}/s" if elapsed else "", style="cyan")
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any, Literal
 
 from vm_core import storage
@@ -33,7 +34,9 @@ class Plugin(Encoder):
         return f"{digest} {self.output}"
 
     def load(self) -> Embed:
-        import tensorflow_hub as hub
+        with warnings.catch_warnings():  # tensorflow_hub 0.16.1 uses the old pkg_resources
+            warnings.simplefilter("ignore", UserWarning)
+            import tensorflow_hub as hub
 
         from vm_core.encoders._tensorflow import compile_embed, use_mixed_precision
 
