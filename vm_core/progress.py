@@ -42,8 +42,9 @@ def report(stage: str, count: int) -> None:
 
 class _Rate(ProgressColumn):
     def render(self, task: Task) -> Text:
-        elapsed = task.finished_time or task.elapsed
-        return Text(f"{task.completed / elapsed:,.0f}/s" if elapsed else "", style="cyan")
+        elapsed = task.finished_time or task.elapsed or 0.0
+        known = elapsed >= 1  # the clock starts when the first items are done
+        return Text(f"{task.completed / elapsed:,.0f}/s" if known else "", style="cyan")
 
 
 @contextlib.contextmanager
