@@ -24,9 +24,9 @@ _MINIMUM_ROWS = 1_000
 class Plugin(Index):
     """A tree over the rows, anisotropic hashing in its leaves, re-ranking in float32.
 
-    Parameters left at 0 follow from the number of rows: leaves about its square root,
-    of which a tenth is searched. ``reorder`` is the number of candidates whose exact
-    distance is computed, at least four times k.
+    Parameters left at 0 follow from the number of rows: leaves about its square root, of
+    which a tenth is searched, but at least 25. ``reorder`` is the number of candidates
+    whose exact distance is computed, at least four times k.
     """
 
     kind: Literal["scann"] = "scann"
@@ -49,7 +49,7 @@ class Plugin(Index):
             .builder(block.vectors, 10, "dot_product")
             .tree(
                 num_leaves=leaves,
-                num_leaves_to_search=self.leaves_to_search or max(1, math.ceil(leaves / 10)),
+                num_leaves_to_search=self.leaves_to_search or _leaves_to_search(leaves),
                 training_sample_size=min(len(block), 250_000),
             )
             .score_ah(
@@ -78,6 +78,12 @@ class Plugin(Index):
             return _search(searcher, queries, k, max(self.reorder, 4 * k), len(ids))
 
         return Partition(ids, table.column("label").to_numpy(), search)
+
+
+def _leaves_to_search(leaves: int) -> int:
+    # A tenth of few leaves misses much: recall@10 was 0.82 with 6 of 55 leaves over 3,000
+    # CIFAR-10 images, 0.99 with 25.
+    return min(leaves, max(25, math.ceil(leaves / 10)))
 
 
 def _search(
