@@ -9,8 +9,8 @@ nine confusable ones of 1,000, some more mixed than others, distances sorted.
 The peer is the method of the paper's notebook (arXiv 2408.08172), rewritten: per query and
 voter a loop over the neighbours, for each a look-up in the pruned items, a call for its
 weight, a dictionary of scores and a leader; the softmax voter checks the range of all
-distances at every call. ``ratio`` compares with that. ``ratio_lean`` compares with the same loop
-stripped of all calls and checks, the fastest that plain Python does. Both are
+distances at every call. ``ratio`` compares with that. ``ratio_lean`` compares with the
+same loop stripped of look-ups and checks, about the fastest plain Python does. Both are
 measured on a random 10,000 queries (the time scaled by five), in three rounds; in each
 ours runs three times over all queries, so that all meet the same load. Medians count.
 Predictions must be identical on the subset.
