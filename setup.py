@@ -28,16 +28,19 @@ setup(
         "pydantic>=2.10",
         "pyyaml",
         "rich",
+        "scipy",
         # scann's TensorFlow operators are built against one minor release of it.
         "scann==1.4.2",
         "tensorflow==2.20.*",
         "tensorflow-hub==0.16.1",
         # tensorflow-hub 0.16.1 imports pkg_resources, which setuptools 81 removed.
         "setuptools<81",
+        "threadpoolctl",
     ],
     extras_require={
         "gcs": ["apache-beam[gcp]==2.77.*", "gcsfs", "google-cloud-storage"],
         "keras": ["keras-hub==0.32.*", "tensorflow-text==2.20.*"],
+        "benchmarks": ["cleanlab==2.9.*", "faiss-cpu==1.15.*", "hnswlib==0.8.*", "psutil"],
         "dev": ["hypothesis", "mypy", "pytest", "ruff", "types-PyYAML", "types-protobuf"],
     },
     entry_points={"console_scripts": ["visual-memory = pipelines.cli:main"]},

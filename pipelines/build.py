@@ -13,7 +13,7 @@ from functools import partial
 import apache_beam as beam
 from rich.console import Console
 
-from pipelines import commands, running
+from pipelines import commands, index, running
 from pipelines.embedding import EmbedSplits
 from vm_core import building, config, summary
 from vm_core.building import BuildConfig, BuildPlan
@@ -47,15 +47,11 @@ def define_pipeline(
     )
     done = root | "Finished" >> beam.Create(list(finished.values()), reshuffle=False)
     entries = (written, done) | "AllShards" >> beam.Flatten() | "List" >> beam.combiners.ToList()
-    partitions = (
-        entries
-        | "Partition" >> beam.FlatMap(lambda some: building.plan_partitions(plan, some))
-        | "SpreadPartitions" >> beam.Reshuffle()
-        | "Index" >> beam.MapTuple(partial(building.build_partition, plan))
-        | "ListPartitions" >> beam.combiners.ToList()
-    )
-    _ = partitions | "Publish" >> beam.Map(
-        partial(building.publish, plan), beam.pvalue.AsSingleton(entries)
+    index.define_pipeline(
+        root,
+        entries | "PlanIndex" >> beam.Map(partial(building.plan_index, plan)),
+        partial(building.publish, plan),
+        entries,
     )
 
 

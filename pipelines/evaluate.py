@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any
 
 import apache_beam as beam
+import numpy as np
 from apache_beam.utils.shared import Shared
 from rich.console import Console
 
@@ -20,41 +21,26 @@ from pipelines.embedding import EmbedSplits
 from vm_core import config, evaluation, sources, summary
 from vm_core.embedding import by_shard
 from vm_core.errors import VisualMemoryError
-from vm_core.evaluation import EvaluationConfig, EvaluationPlan, Outcome
-from vm_core.index import Partition
-from vm_core.memory import Memory
+from vm_core.evaluation import EvaluationConfig, EvaluationPlan, Outcome, Part
+from vm_core.neighbors import Neighbors
 from vm_core.records import Embedded
 
 
-class LazyIndex:
-    """A memory's partitions, opened when first called for, once per process."""
+class SearchParts(beam.DoFn):
+    """Part -> (shard, (places, Neighbors)): searches one partition for some queries.
 
-    def __init__(self, memory: Memory):
-        self._memory = memory
-        self._shared = Shared()
-
-    def __call__(self) -> list[Partition]:
-        return self._shared.acquire(self._open)
-
-    def _open(self) -> list[Partition]:
-        count = len(self._memory.manifest.partitions)
-        return _Partitions(self._memory.open_partition(number) for number in range(count))
-
-
-class _Partitions(list):
-    """A list that can be referred to weakly, as Beam's shared objects must be."""
-
-
-class EvaluateShards(beam.DoFn):
-    """(shard, Embedded ...) -> Outcome: searches and votes for one shard of the queries."""
+    Partitions stay open in a bounded cache, one for all threads of a process.
+    """
 
     def __init__(self, plan: EvaluationPlan):
         self._plan = plan
-        self._index = LazyIndex(plan.memory)
+        self._shared = Shared()
 
-    def process(self, element: tuple[int, Iterable[Embedded]]) -> Iterator[Outcome]:
-        shard, parts = element
-        yield evaluation.evaluate_shard(self._plan, shard, parts, self._index)
+    def setup(self) -> None:
+        self._partitions = self._shared.acquire(self._plan.memory.partition_cache)
+
+    def process(self, part: Part) -> Iterator[tuple[int, tuple[np.ndarray, Neighbors]]]:
+        yield part.shard, evaluation.search_part(self._plan, part, self._partitions)
 
 
 class MergeOutcomes(beam.CombineFn):
@@ -92,14 +78,36 @@ def define_pipeline(root: beam.Pipeline, plan: EvaluationPlan, work: Sequence[An
     empty = root | "Shards" >> beam.Create(
         [(shard, Embedded.nothing()) for shard in range(shards)], reshuffle=False
     )
-    _ = (
+    gathered = (
         (embedded, empty)
         | "Gather" >> beam.Flatten()
         | "GroupByShard" >> beam.GroupByKey()
-        | "Evaluate" >> beam.ParDo(EvaluateShards(plan))
+        | "Queries" >> beam.MapTuple(partial(_gather, plan))
+    )
+    found = (
+        gathered
+        | "Route" >> beam.FlatMap(lambda pair: evaluation.route(plan, pair[0], pair[1].block))
+        | "SpreadParts" >> beam.Reshuffle()
+        | "Search" >> beam.ParDo(SearchParts(plan))
+    )
+    _ = (
+        {"queries": gathered, "found": found}
+        | "Join" >> beam.CoGroupByKey()
+        | "Evaluate" >> beam.MapTuple(partial(_evaluate, plan))
         | "Merge" >> beam.CombineGlobally(MergeOutcomes(plan))
         | "Results" >> beam.Map(partial(evaluation.write_results, plan))
     )
+
+
+def _gather(
+    plan: EvaluationPlan, shard: int, parts: Iterable[Embedded]
+) -> tuple[int, evaluation.Gathered]:
+    return shard, evaluation.gather_queries(plan, shard, parts)
+
+
+def _evaluate(plan: EvaluationPlan, shard: int, joined: dict[str, Iterable[Any]]) -> Outcome:
+    (gathered,) = joined["queries"]
+    return evaluation.evaluate_shard(plan, shard, gathered, joined["found"])
 
 
 def evaluate(

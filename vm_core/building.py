@@ -1,6 +1,6 @@
 """The steps of a build, as plain functions of a plan. Beam only strings them together.
 
-split -> embed_split -> by_shard -> write_shard_files -> build_partition -> publish
+split -> embed_split -> by_shard -> write_shard_files -> (vm_core.indexing) -> publish
 """
 
 from __future__ import annotations
@@ -13,23 +13,23 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import cache
 from typing import Any, Literal
 
 import pyarrow as pa
 from pydantic import Field, SerializeAsAny, field_validator
 
-from vm_core import encoders, index, memory, plugins, sources, storage
+from vm_core import encoders, index, indexing, memory, plugins, recall, sources, storage
 from vm_core.classes import ClassTable
 from vm_core.embedding import EmbedPlan, ImageSettings, gather
 from vm_core.encoders import Encoder
-from vm_core.errors import VisualMemoryError
 from vm_core.failures import check_failures, count_reasons, quarantine_table
 from vm_core.index import Index
-from vm_core.memory import Manifest, PartitionEntry, ShardEntry
+from vm_core.indexing import IndexPlan, PartitionEntry, ShardRows
+from vm_core.memory import Manifest, ShardEntry
+from vm_core.partitioning import Partitioning
 from vm_core.progress import report
-from vm_core.recall import measure_recall
-from vm_core.records import Embedded, EmbeddingBlock
+from vm_core.recall import Hits, Recall
+from vm_core.records import Embedded
 from vm_core.shards import write_shard
 from vm_core.sources import Source, Split
 from vm_core.tables import write_table
@@ -41,8 +41,9 @@ class BuildConfig(plugins.Settings):
     memory: where it goes, a folder or a bucket's prefix. shards: into how many files
     the embeddings are spread; about 50,000 rows each. dtype: how they are stored.
     max_failure_share: share of the images that may be unusable before the build fails.
-    minimum_recall: recall at 10, against exact search on held-out queries, under which an
-    approximate index is not published.
+    partitioning: how the index is divided. minimum_recall: recall at 10, against exact
+    search on about ``recall_queries`` held-out queries, under which an index that is not
+    exact is not published.
     """
 
     memory: str
@@ -52,8 +53,10 @@ class BuildConfig(plugins.Settings):
     shards: int = Field(4, ge=1, le=99_999)
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     index: SerializeAsAny[Index] = Field(default_factory=lambda: index.parse({"kind": "auto"}))
+    partitioning: Partitioning = Partitioning()
     max_failure_share: float = Field(0.01, ge=0, le=1)
     minimum_recall: float = Field(0.9, ge=0, le=1)
+    recall_queries: int = Field(1_000, ge=1)
 
     @field_validator("sources", mode="before")
     @classmethod
@@ -151,11 +154,17 @@ def is_published(plan: BuildPlan) -> bool:
     if memory.current_version(plan.root) is None:
         return False
     manifest = memory.Memory(plan.root).manifest
+    if manifest.build != plan.fingerprint:
+        return False
+    finished = finished_shards(plan)
+    if len(finished) != plan.config.shards:
+        return False
+    folder = f"{plan_index(plan, list(finished.values())).folder}/"
     return (
-        manifest.build == plan.fingerprint
-        and len(finished_shards(plan)) == plan.config.shards
+        plan.config.partitioning.probes in (0, manifest.probes)
+        and plan.config.partitioning.coverage == manifest.config["partitioning"]["coverage"]
         and all(
-            partition.index == plan.config.index.choose(partition.count)
+            partition.folder.startswith(folder)
             and storage.exists(plan.path(f"{partition.folder}/partition.json"))
             for partition in manifest.partitions
         )
@@ -202,16 +211,17 @@ def write_shard_files(plan: BuildPlan, shard: int, parts: Iterable[Embedded]) ->
     return entry
 
 
-def plan_partitions(
-    plan: BuildPlan, entries: Sequence[ShardEntry]
-) -> list[tuple[int, list[ShardEntry]]]:
-    """The numbered partitions of the index, each with its shards: one partition has them all.
+def plan_index(plan: BuildPlan, entries: Sequence[ShardEntry]) -> IndexPlan:
+    """The index over the finished shards.
 
     Raises VisualMemoryError if more images failed than the configuration allows.
     """
+    entries = sorted(entries, key=lambda entry: entry.embeddings)
     reasons: Counter[str] = Counter()
+    class_counts: Counter[int] = Counter()
     for entry in entries:
         reasons.update(entry.reasons)
+        class_counts.update(entry.class_counts)
     check_failures(
         sum(entry.read for entry in entries),
         sum(entry.quarantined for entry in entries),
@@ -219,52 +229,40 @@ def plan_partitions(
         plan.config.max_failure_share,
         plan.path(f"{plan.folder}/quarantine-*.parquet"),
     )
-    return [(0, sorted(entries, key=lambda entry: entry.embeddings))]
-
-
-def build_partition(plan: BuildPlan, number: int, entries: Sequence[ShardEntry]) -> PartitionEntry:
-    """Builds the index of one partition from its shards, or finds it built."""
-    rows = sum(entry.embedded for entry in entries)
-    chosen = plan.config.index.choose(rows)
-    recipe = _digest((chosen.model_dump(mode="json"), [entry.files for entry in entries]))
-    folder = f"{plan.folder}/index-{recipe[:12]}/partition-{number:05d}"
-    marker = plan.path(f"{folder}/partition.json")
-    if storage.exists(marker):
-        return PartitionEntry.model_validate_json(storage.read_bytes(marker))
-    shards = [entry.embeddings for entry in entries if entry.embedded]
-
-    @cache
-    def read() -> EmbeddingBlock:
-        return index.read_rows([plan.path(shard) for shard in shards])
-
-    with storage.write_directory_atomic(plan.path(folder)) as local:
-        chosen.build(read, local)
-        files = index.checksums(local)
-    partition = PartitionEntry(
-        folder=folder, shards=shards, count=rows, index=chosen, files=files, recall=None
+    return IndexPlan(
+        root=plan.root,
+        build_folder=plan.folder,
+        shards=tuple(
+            ShardRows(entry.embeddings, entry.embedded, entry.files[entry.embeddings])
+            for entry in entries
+        ),
+        class_counts=dict(class_counts),
+        dtype=plan.config.dtype,
+        index=plan.config.index,
+        partitioning=plan.config.partitioning,
+        recall_queries=plan.config.recall_queries,
     )
-    if chosen.kind != "exact":
-        opened = chosen.open([plan.path(shard) for shard in shards], plan.path(folder))
-        partition.recall = measure_recall(opened.search, read())
-    storage.write_bytes(marker, partition.model_dump_json(indent=1).encode())
-    report("index", 1)
-    return partition
 
 
 def publish(
-    plan: BuildPlan, partitions: Iterable[PartitionEntry], entries: Iterable[ShardEntry]
+    plan: BuildPlan,
+    entries: Iterable[ShardEntry],
+    partitions: Iterable[PartitionEntry],
+    hits: Hits | None,
 ) -> Manifest:
     """Publishes the finished build as the memory's next version; removes its checkpoints.
 
-    Raises VisualMemoryError if an index finds too little of the exact answer.
+    hits: what the index finds for its held-out queries, None for an exact one. Raises
+    VisualMemoryError if it finds too little of the exact answer.
     """
     entries = sorted(entries, key=lambda entry: entry.embeddings)
     partitions = sorted(partitions, key=lambda entry: entry.folder)
-    for partition in partitions:
-        _check_recall(partition, plan.config.minimum_recall)
+    index_plan = plan_index(plan, entries)
+    probes, measured = _recall(plan, index_plan, partitions, hits)
     classes = f"{plan.folder}/classes.parquet"
     class_bytes = plan.classes.to_parquet()
     storage.write_bytes(plan.path(classes), class_bytes)
+    centroids = index_plan.centroids
     manifest = Manifest(
         format=memory.FORMAT,
         version="",
@@ -274,8 +272,9 @@ def publish(
                 "encoder": plan.encoder_fingerprint,
                 "files": [sorted(entry.files.values()) for entry in entries],
                 "classes": hashlib.sha256(class_bytes).hexdigest(),
+                "centroids": centroids and storage.sha256_file(plan.path(centroids)),
                 "index": [
-                    [partition.index.model_dump(mode="json"), partition.count]
+                    [partition.index.model_dump(mode="json"), partition.files["rows.parquet"]]
                     for partition in partitions
                 ],
             }
@@ -289,24 +288,38 @@ def publish(
         dtype=plan.config.dtype,
         classes=classes,
         shards=list(entries),
+        centroids=centroids,
+        probes=probes,
         partitions=list(partitions),
+        recall=measured,
         config=plan.config.model_dump(mode="json"),
     )
     published = memory.publish(plan.root, manifest)
     storage.remove_directory(plan.path(f"work/{plan.fingerprint}"))
+    storage.remove_directory(plan.path(index_plan.work))
     _remove_leftovers(plan.path(plan.folder))
     logging.info("published version %s of %s", published.version, plan.root)
     return published
 
 
-def _check_recall(partition: PartitionEntry, minimum: float) -> None:
-    recall = 1.0 if partition.recall is None else partition.recall[10]
-    if recall < minimum:
-        raise VisualMemoryError(
-            f"the {partition.index.kind} index of {partition.folder} has recall@10 {recall:.3f}; "
-            f"minimum_recall is {minimum}. Search more of it (--set index.leaves_to_search=N, "
-            "--set index.reorder=N), use --set index.kind=exact, or lower minimum_recall"
-        )
+def _recall(
+    plan: BuildPlan,
+    index_plan: IndexPlan,
+    partitions: Sequence[PartitionEntry],
+    hits: Hits | None,
+) -> tuple[int, Recall | None]:
+    """How many cells a query visits, and what it then finds."""
+    if hits is None:
+        return 1, None
+    settings, cells = plan.config.partitioning, index_plan.cells
+    probes = min(settings.probes, cells) or recall.fewest_probes(hits, cells, settings.coverage)
+    before = None
+    if memory.current_version(plan.root) is not None:
+        before = memory.Memory(plan.root).manifest.class_counts()
+    labels = indexing.read_held_out(index_plan, partitions).labels
+    measured = recall.summarise(hits, labels, probes, cells, before)
+    recall.check(measured, plan.config.minimum_recall)
+    return probes, measured
 
 
 def _remove_leftovers(folder: str) -> None:

@@ -10,7 +10,6 @@ from vm_core.errors import VisualMemoryError
 from vm_core.gallery import Example, explain
 from vm_core.memory import Memory
 from vm_core.records import UNKNOWN, ImageRecord, Rejected
-from vm_core.search import find_neighbors
 from vm_core.voting import VoteParameters
 
 
@@ -36,8 +35,7 @@ def classify(
     block = embedded.block
     if not len(block):
         return [], embedded.rejected
-    partitions = (memory.open_partition(i) for i in range(len(memory.manifest.partitions)))
-    neighbors = find_neighbors(partitions, block, k)
+    neighbors = memory.searcher()(block, k)
     thumbnails = block.thumbnails if block.thumbnails is not None else [None] * len(block)
     examples = explain(neighbors, thumbnails, voter, k, parameters or VoteParameters())
     return examples, embedded.rejected

@@ -1,6 +1,7 @@
 """The steps of an evaluation, as plain functions of a plan. Beam only strings them together.
 
-splits -> embed_split, by_shard -> evaluate_shard -> merge -> write_results
+splits -> embed_split, by_shard -> gather_queries -> route -> search_part -> evaluate_shard
+-> merge -> write_results
 """
 
 from __future__ import annotations
@@ -11,9 +12,10 @@ import io
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import Field, SerializeAsAny, field_validator, model_validator
 
@@ -24,22 +26,32 @@ from vm_core.encoders import Encoder
 from vm_core.errors import VisualMemoryError
 from vm_core.failures import check_failures, count_reasons, quarantine_table
 from vm_core.gallery import KINDS, Gallery
-from vm_core.index import Partition
 from vm_core.memory import Memory
 from vm_core.metrics import EvaluationMetrics
 from vm_core.neighbors import NEIGHBORS_SCHEMA, Neighbors, from_arrow, to_arrow, write_json
+from vm_core.partitions import Partition
 from vm_core.predictions import PREDICTIONS_SCHEMA, predictions_table
 from vm_core.progress import report
 from vm_core.pruning import with_self
-from vm_core.records import UNKNOWN, Embedded, EmbeddingBlock, unit_interval
+from vm_core.records import UNKNOWN, Embedded, EmbeddingBlock, Rejected, unit_interval
 from vm_core.report import render_evaluation
-from vm_core.search import find_neighbors
+from vm_core.search import assemble, search_partition
 from vm_core.shards import read_blocks
 from vm_core.sources import Source
 from vm_core.tables import table_writer, write_table
 from vm_core.voting import VOTERS, VoteParameters
 
 _QUERY_ROWS = 1024
+_ROUTED_ROWS = 16_384
+
+LEAKS_SCHEMA = pa.schema(
+    [
+        ("query_id", pa.string()),
+        ("item_id", pa.string()),
+        ("distance", pa.float32()),
+        ("same_label", pa.bool_()),
+    ]
+)
 
 
 class EvaluationConfig(plugins.Settings):
@@ -50,7 +62,9 @@ class EvaluationConfig(plugins.Settings):
     same encoder; or leave_one_out: every item of the memory against all the others.
     output: a folder for the results. k: neighbours per query. tuning_share: share of
     the queries that choose k and are not part of the reported accuracy. fixed_k: the
-    k reported besides. headline_voter, headline_k: of the tables per class, the
+    k reported besides. probes: cells of the index that a query visits, the memory's own
+    number if None. duplicate_distance: a query with a neighbour nearer than this is
+    reported as a leak. headline_voter, headline_k: of the tables per class, the
     confusion and the calibration. encoder_path: the encoder, if it has moved.
     """
 
@@ -61,6 +75,8 @@ class EvaluationConfig(plugins.Settings):
     leave_one_out: bool = False
     output: str
     k: int = Field(100, ge=1, le=10_000)
+    probes: int | None = Field(None, ge=1)
+    duplicate_distance: float = Field(0.01, ge=0, le=2)
     tuning_share: float = Field(0.2, ge=0, lt=1)
     fixed_k: tuple[int, ...] = (1, 10, 50, 100)
     temperature: float = 0.07
@@ -124,6 +140,14 @@ class EvaluationPlan:
         return self.path(f"{kind}-{shard:05d}-of-{self.config.query_shards:05d}.parquet")
 
 
+class Gathered(NamedTuple):
+    """A shard's queries, and what else was read."""
+
+    block: EmbeddingBlock
+    rejected: tuple[Rejected, ...]
+    duplicates: int
+
+
 @dataclass
 class Outcome:
     """What an evaluation has found so far; outcomes of query shards merge in any order."""
@@ -132,6 +156,7 @@ class Outcome:
     test: EvaluationMetrics
     gallery: Gallery
     read: int = 0
+    leaks: int = 0
     quarantined: int = 0
     duplicates: int = 0
     reasons: dict[str, int] = field(default_factory=dict)
@@ -141,6 +166,7 @@ class Outcome:
         self.test.merge(other.test)
         self.gallery.merge(other.gallery)
         self.read += other.read
+        self.leaks += other.leaks
         self.quarantined += other.quarantined
         self.duplicates += other.duplicates
         for reason, count in other.reasons.items():
@@ -208,36 +234,74 @@ def read_embeddings(plan: EvaluationPlan, path: str) -> Iterator[Embedded]:
         yield Embedded(EmbeddingBlock(block.ids, labels, block.sources, block.vectors))
 
 
+class Part(NamedTuple):
+    """Some queries of a shard that visit one partition, by their places in the shard."""
+
+    shard: int
+    partition: int
+    places: np.ndarray
+    queries: EmbeddingBlock
+
+
+def gather_queries(plan: EvaluationPlan, shard: int, parts: Iterable[Embedded]) -> Gathered:
+    """The queries of a shard, each once, in the order of their ids.
+
+    A label that the memory does not know becomes UNKNOWN.
+    """
+    embedded, duplicates = gather(parts)
+    block = embedded.block
+    known = np.isin(block.labels, _labels(plan))
+    block = replace(block, labels=np.where(known, block.labels, UNKNOWN))
+    return Gathered(block, embedded.rejected, duplicates)
+
+
+def route(plan: EvaluationPlan, shard: int, queries: EmbeddingBlock) -> Iterator[Part]:
+    """Sends the queries of a shard to the partitions that they visit, in blocks."""
+    bare = EmbeddingBlock(queries.ids, queries.labels, queries.sources, queries.vectors)
+    if not len(bare):
+        return
+    for partition, places in plan.memory.router(plan.config.probes).visits(bare.vectors):
+        for start in range(0, len(places), _ROUTED_ROWS):
+            some = places[start : start + _ROUTED_ROWS]
+            yield Part(shard, partition, some, bare.take(some))
+
+
+def search_part(
+    plan: EvaluationPlan, part: Part, partitions: Callable[[int], Partition]
+) -> tuple[np.ndarray, Neighbors]:
+    """The places of a part's queries, and their neighbours in its partition."""
+    config = plan.config
+    found = search_partition(
+        partitions(part.partition), part.queries, config.k, config.leave_one_out
+    )
+    return part.places, found
+
+
 def evaluate_shard(
     plan: EvaluationPlan,
     shard: int,
-    parts: Iterable[Embedded],
-    partitions: Callable[[], Iterable[Partition]],
+    gathered: Gathered,
+    parts: Iterable[tuple[np.ndarray, Neighbors]],
 ) -> Outcome:
-    """Searches and votes for one shard of the queries; writes its tables.
+    """Votes for one shard of the queries, from what the partitions found; writes its tables.
 
     Writes neighbors, predictions and quarantine, each as a Parquet file of this shard,
-    rows in the order of query ids. ``partitions`` opens the memory's index.
+    rows in the order of query ids.
     """
-    gathered, duplicates = gather(parts)
     outcome = _empty_outcome(plan)
-    outcome.duplicates = duplicates
+    outcome.duplicates = gathered.duplicates
     outcome.quarantined = len(gathered.rejected)
-    outcome.read = len(gathered.block) + len(gathered.rejected) + duplicates
+    outcome.read = len(gathered.block) + len(gathered.rejected) + gathered.duplicates
     outcome.reasons = count_reasons(gathered.rejected)
     write_table(plan.shard_file("quarantine", shard), quarantine_table(gathered.rejected))
+    everything = assemble(gathered.block, plan.config.k, parts)
     with (
         table_writer(plan.shard_file("neighbors", shard), NEIGHBORS_SCHEMA) as neighbors_table,
         table_writer(plan.shard_file("predictions", shard), PREDICTIONS_SCHEMA) as predictions,
     ):
-        for start in range(0, len(gathered.block), _QUERY_ROWS):
-            rows = np.arange(start, min(start + _QUERY_ROWS, len(gathered.block)))
-            queries = gathered.block.take(rows)
-            known = np.isin(queries.labels, outcome.test.classes)
-            queries = replace(queries, labels=np.where(known, queries.labels, UNKNOWN))
-            found = find_neighbors(
-                partitions(), queries, plan.config.k, exclude_self=plan.config.leave_one_out
-            )
+        for start in range(0, len(everything), _QUERY_ROWS):
+            rows = np.arange(start, min(start + _QUERY_ROWS, len(everything)))
+            queries, found = gathered.block.take(rows), everything.take(rows)
             tuning = np.array(
                 [unit_interval(id, "tuning") < plan.config.tuning_share for id in queries.ids]
             )
@@ -249,7 +313,30 @@ def evaluate_shard(
             predictions.write_table(predictions_table(found.query_ids, votes))
             outcome.gallery.add(found.take(~tuning), queries.take(np.flatnonzero(~tuning)))
             report("search", len(queries))
+            near = found.distances < plan.config.duplicate_distance
+            outcome.leaks += int((near & (found.ids != found.query_ids[:, None])).any(axis=1).sum())
+    write_table(plan.shard_file("leaks", shard), _leaks_table(plan, everything))
     return outcome
+
+
+def _leaks_table(plan: EvaluationPlan, found: Neighbors) -> pa.Table:
+    """Query and memory item of every pair that is nearly the same image."""
+    near = found.distances < plan.config.duplicate_distance
+    query, rank = np.nonzero(near & (found.ids != found.query_ids[:, None]))
+    return pa.table(
+        [
+            pa.array(found.query_ids[query], pa.string()),
+            pa.array(found.ids[query, rank], pa.string()),
+            pa.array(found.distances[query, rank], pa.float32()),
+            pa.array(found.is_correct(found.labels)[query, rank], pa.bool_()),
+        ],
+        schema=LEAKS_SCHEMA,
+    )
+
+
+def _labels(plan: EvaluationPlan) -> list[int]:
+    counts = plan.memory.manifest.class_counts()
+    return sorted(counts.keys() | set(plan.memory.classes.labels))
 
 
 def merge_outcomes(plan: EvaluationPlan, outcomes: Iterable[Outcome]) -> Outcome:
@@ -292,6 +379,7 @@ def summarise(plan: EvaluationPlan, outcome: Outcome) -> dict[str, Any]:
             "embedded": outcome.read - outcome.quarantined - outcome.duplicates,
             "quarantined": outcome.quarantined,
             "duplicates": outcome.duplicates,
+            "leaks": outcome.leaks,
             "tuning": tuning["queries"],
             "test": test["queries"],
         },
@@ -354,7 +442,7 @@ def _read_neighbors(plan: EvaluationPlan) -> Iterator[Neighbors]:
 def _empty_outcome(plan: EvaluationPlan) -> Outcome:
     config = plan.config
     headline = (config.headline_voter, min(config.headline_k, config.k))
-    labels = sorted(plan.memory.manifest.class_counts().keys() | set(plan.memory.classes.labels))
+    labels = _labels(plan)
 
     def metrics() -> EvaluationMetrics:
         return EvaluationMetrics(

@@ -45,9 +45,13 @@ def explain(
 ) -> list[Example]:
     """The vote on every query of a block, in full."""
     block = block.first(k)
-    votes = vote(block.labels, block.distances, [voter], parameters, confidences=True)[voter]
+    votes = vote(
+        block.labels, block.distances, [voter], parameters, block.weights, confidences=True
+    )[voter]
     assert votes.confidences is not None
     weights = neighbor_weights(voter, block.labels, block.distances, parameters)
+    if block.weights is not None:
+        weights *= block.weights
     total = weights.sum(axis=1, keepdims=True)
     shares = np.divide(weights, total, out=np.zeros_like(weights), where=total > 0)
     examples = []
@@ -86,12 +90,13 @@ class Gallery:
 
     def add(self, block: Neighbors, queries: EmbeddingBlock) -> None:
         """Looks at a block of neighbours; ``queries`` are the same queries, in the same order."""
-        k = min(self.k, block.k)
+        block = block.first(min(self.k, block.k))
         votes = vote(
-            block.labels[:, :k],
-            block.distances[:, :k],
+            block.labels,
+            block.distances,
             [self.voter],
             self.parameters,
+            block.weights,
             confidences=True,
         )[self.voter]
         assert votes.confidences is not None
@@ -109,7 +114,7 @@ class Gallery:
             pictures = (
                 [None] * len(rows) if queries.thumbnails is None else queries.thumbnails[rows]
             )
-            examples = explain(block.take(rows), pictures, self.voter, k, self.parameters)
+            examples = explain(block.take(rows), pictures, self.voter, block.k, self.parameters)
             found: _Chosen = {}
             for value, example in zip(score[rows].tolist(), examples, strict=True):
                 found.setdefault(example.label, []).append((value, example.query_id, example))

@@ -8,7 +8,9 @@ builds/FINGERPRINT/          what one build wrote; FINGERPRINT covers inputs and
   quarantine-00000-of-00004.parquet
   shard-00000-of-00004.json  written last: this shard is complete
   classes.parquet
+  index-RECIPE/centroids.npy   of the partitioner, if there is more than one cell
   index-RECIPE/partition-00000/
+weights/FINGERPRINT/         weights of pruned items, see vm_core.weights
 work/FINGERPRINT/            checkpoints of an unfinished build
 """
 
@@ -19,17 +21,22 @@ from collections.abc import Iterable, Sequence
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import pyarrow.parquet as pq
 from pydantic import BaseModel, SerializeAsAny, field_validator
 
-from vm_core import encoders, index, storage
+from vm_core import encoders, indexing, partitions, storage, weights
 from vm_core.classes import ClassTable
 from vm_core.encoders import Encoder
 from vm_core.errors import VisualMemoryError
-from vm_core.index import Index, Partition
+from vm_core.indexing import PartitionEntry
+from vm_core.partitions import Members, Partition
+from vm_core.recall import Recall
 from vm_core.records import shard_of
+from vm_core.search import PartitionCache, Router, Searcher
+from vm_core.weights import WeightsEntry
 
-FORMAT = 1
+FORMAT = 2
 
 
 class ShardEntry(BaseModel):
@@ -50,24 +57,11 @@ class ShardEntry(BaseModel):
     reasons: dict[str, int]
 
 
-class PartitionEntry(BaseModel):
-    """One partition of the index. recall: at k, None where the search is exact."""
-
-    folder: str
-    shards: list[str]
-    count: int
-    index: SerializeAsAny[Index]
-    files: dict[str, str]
-    recall: dict[int, float] | None
-
-    @field_validator("index", mode="before")
-    @classmethod
-    def _index(cls, value: Any) -> Index:
-        return index.parse(value)
-
-
 class Manifest(BaseModel):
-    """What a version of a memory consists of."""
+    """What a version of a memory consists of.
+
+    probes: cells that a query visits. recall: None where the search is exact.
+    """
 
     format: int
     version: str
@@ -80,7 +74,11 @@ class Manifest(BaseModel):
     dtype: str
     classes: str
     shards: list[ShardEntry]
+    centroids: str | None
+    probes: int
     partitions: list[PartitionEntry]
+    recall: Recall | None
+    weights: WeightsEntry | None = None
     config: dict[str, Any]
 
     @field_validator("encoder", mode="before")
@@ -137,19 +135,40 @@ class Memory:
     def path(self, relative: str) -> str:
         return storage.join(self.root, relative)
 
+    def first_rows(self) -> np.ndarray:
+        """(shards + 1,) int64: the number of each shard's first row, and of all rows."""
+        return np.cumsum([0, *(shard.embedded for shard in self.manifest.shards)])
+
+    def members(self, number: int) -> Members:
+        """The rows of one partition, without its index."""
+        entry = self.manifest.partitions[number]
+        members = partitions.read_members(self.path(entry.folder))
+        indexing.check_count(self.path(entry.folder), entry, members)
+        return members
+
     def open_partition(self, number: int) -> Partition:
         """Loads one partition of the index, ready to search."""
-        entry = self.manifest.partitions[number]
-        shards = [self.path(shard) for shard in entry.shards]
-        partition = entry.index.open(shards, self.path(entry.folder))
-        if len(partition.ids) != entry.count:
-            # A shard cut off between two records still reads well.
-            raise VisualMemoryError(
-                f"partition {self.path(entry.folder)} has {len(partition.ids):,} rows where the "
-                f"manifest says {entry.count:,}: files are missing or cut off. Restore them or "
-                "build again"
-            )
-        return partition
+        partition = indexing.open_partition(self.root, self.manifest.partitions[number])
+        if self.manifest.weights is None:
+            return partition
+        return weights.apply(partition, weights.read(self.root, self.manifest.weights, number))
+
+    def router(self, probes: int | None = None) -> Router:
+        """What sends queries to partitions; to the manifest's number of cells if None."""
+        path = self.manifest.centroids
+        centroids = None if path is None else indexing.read_centroids(self.path(path))
+        cells = tuple(entry.cell for entry in self.manifest.partitions)
+        return Router(centroids, cells, probes or self.manifest.probes)
+
+    def partition_cache(self) -> PartitionCache:
+        """Opens partitions and keeps some of them open."""
+        return PartitionCache(
+            self.open_partition, [entry.bytes for entry in self.manifest.partitions]
+        )
+
+    def searcher(self, probes: int | None = None) -> Searcher:
+        """Searches this memory in this process."""
+        return Searcher(self.router(probes), self.partition_cache())
 
     def encoder(self, path: str | None = None) -> Encoder:
         """The encoder for queries, from ``path`` if the model has moved.

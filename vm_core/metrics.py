@@ -78,10 +78,13 @@ class EvaluationMetrics:
 
         Queries with an empty label set do not vote.
 
-        multiplier: (Q, K of the block) weights of the neighbours, as of ``vote``.
-        Raises VisualMemoryError for a query whose label is not among the classes.
+        multiplier: (Q, K of the block) weights of the neighbours, as of ``vote``; the
+        block's own if it is None. Raises VisualMemoryError for a query whose label is not
+        among the classes.
         """
         scored = block.scored
+        if multiplier is None:
+            multiplier = block.weights
         if multiplier is not None:
             missing = max(0, self.k - multiplier.shape[1])
             multiplier = np.pad(multiplier[scored, : self.k], ((0, 0), (0, missing)))

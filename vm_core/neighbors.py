@@ -28,6 +28,7 @@ NEIGHBORS_SCHEMA = pa.schema(
         ("neighbor_ids", pa.list_(pa.string())),
         ("neighbor_labels", pa.list_(pa.int64())),
         ("neighbor_distances", pa.list_(pa.float32())),
+        ("neighbor_weights", pa.list_(pa.float32())),  # null: all 1
     ]
 )
 
@@ -45,6 +46,9 @@ class Neighbors:
     labels (ImageNet ReaL), each row filled up with UNKNOWN; a row of nothing but
     UNKNOWN is a query that the annotators left without a label. ``query_labels``
     is then the first column.
+
+    weights: None, all 1, or (Q, K) float32 >= 0, what each neighbour's vote is multiplied
+    by where the memory is pruned; any value at padding.
     """
 
     query_ids: np.ndarray
@@ -53,6 +57,7 @@ class Neighbors:
     labels: np.ndarray
     distances: np.ndarray
     query_label_sets: np.ndarray | None = None
+    weights: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.query_ids)
@@ -89,16 +94,21 @@ class Neighbors:
             self.labels[rows],
             self.distances[rows],
             None if sets is None else sets[rows],
+            None if self.weights is None else self.weights[rows],
         )
 
     def first(self, k: int) -> Neighbors:
         """The same queries with their first k neighbours, filled up with padding if need be."""
         missing = ((0, 0), (0, max(0, k - self.k)))
+        weights = self.weights
+        if weights is not None:
+            weights = np.pad(weights[:, :k], missing, constant_values=1)
         return replace(
             self,
             ids=np.pad(self.ids[:, :k], missing, constant_values=""),
             labels=np.pad(self.labels[:, :k], missing, constant_values=PADDING),
             distances=np.pad(self.distances[:, :k], missing, constant_values=np.inf),
+            weights=weights,
         )
 
     def without(self, excluded: Collection[str]) -> Neighbors:
@@ -112,6 +122,9 @@ class Neighbors:
         """The block without the neighbours marked in a (Q, K) mask, still K columns wide."""
         order = np.argsort(removed, axis=1, kind="stable")
         gone = np.take_along_axis(removed, order, axis=1)
+        weights = self.weights
+        if weights is not None:
+            weights = np.take_along_axis(weights, order, axis=1)
         return replace(
             self,
             ids=np.where(gone, "", np.take_along_axis(self.ids, order, axis=1)),
@@ -121,6 +134,7 @@ class Neighbors:
                 self.distances.dtype.type(np.inf),
                 np.take_along_axis(self.distances, order, 1),
             ),
+            weights=weights,
         )
 
     @staticmethod
@@ -142,6 +156,16 @@ class Neighbors:
                     for row in rows
                 ]
             )
+        weights = None
+        if any(block.weights is not None for block in blocks):
+            weights = np.concatenate(
+                [
+                    np.ones(block.labels.shape, np.float32)
+                    if block.weights is None
+                    else block.weights
+                    for block in blocks
+                ]
+            )
         return Neighbors(
             np.concatenate([block.query_ids for block in blocks]),
             np.concatenate([block.query_labels for block in blocks]),
@@ -149,6 +173,7 @@ class Neighbors:
             np.concatenate([block.labels for block in blocks]),
             np.concatenate([block.distances for block in blocks]),
             sets,
+            weights,
         )
 
 
@@ -320,6 +345,9 @@ def to_arrow(block: Neighbors) -> pa.Table:
             lists(block.ids, pa.string()),
             lists(block.labels, pa.int64()),
             lists(block.distances.astype(np.float32), pa.float32()),
+            pa.nulls(len(block), pa.list_(pa.float32()))
+            if block.weights is None
+            else lists(block.weights, pa.float32()),
         ],
         schema=NEIGHBORS_SCHEMA,
     )
@@ -328,11 +356,17 @@ def to_arrow(block: Neighbors) -> pa.Table:
 def from_arrow(table: pa.Table | pa.RecordBatch) -> Neighbors:
     """The block that ``to_arrow`` wrote, distances as float32.
 
-    Raises VisualMemoryError when the lists are not all equally long.
+    The column of weights may be missing. Raises VisualMemoryError when the lists are not
+    all equally long.
     """
     ids, labels, distances = (
         _matrix(table, name) for name in ("neighbor_ids", "neighbor_labels", "neighbor_distances")
     )
+    weights = None
+    if "neighbor_weights" in table.schema.names:
+        column = table.column("neighbor_weights")
+        if column.null_count < len(column):
+            weights = _matrix(table, "neighbor_weights")
     if not ids.shape == labels.shape == distances.shape:
         raise VisualMemoryError(
             f"a neighbour table has {ids.shape[1]} ids, {labels.shape[1]} labels and "
@@ -344,6 +378,7 @@ def from_arrow(table: pa.Table | pa.RecordBatch) -> Neighbors:
         ids.astype(object, copy=False),
         labels,
         distances,
+        weights=weights,
     )
 
 
@@ -353,7 +388,7 @@ def _matrix(table: pa.Table | pa.RecordBatch, name: str) -> np.ndarray:
         column = column.combine_chunks()
     values = column.flatten().to_numpy(zero_copy_only=False)
     k = len(values) // max(1, len(column))
-    lengths = column.value_lengths().to_numpy(zero_copy_only=False)
+    lengths = column.value_lengths().fill_null(0).to_numpy(zero_copy_only=False)
     if not (lengths == k).all():
         raise VisualMemoryError(
             f"the lists of column {name!r} of a neighbour table differ in length "

@@ -1,23 +1,45 @@
-"""Which memory items mislead: leave-one-out counts, and the pruning they lead to.
+"""Which memory items mislead, and the pruning that this leads to.
 
 Every memory item is a query against the memory it stands in. An item that often
 turns up among the neighbours of items with another label is removed (hard pruning)
 or loses weight (soft pruning). arXiv 2408.08172, section 4.3.
+
+First the counts of the paper, by id, for a table of neighbours; then the pruning of a
+memory: scores of its items, weights from them, a version that has the weights.
 """
 
 from __future__ import annotations
 
+import copy
+import hashlib
 import itertools
+import json
+import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from typing import Any, Literal
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from pyarrow import csv
+from pydantic import Field, model_validator
 
+from vm_core import memory as versions
+from vm_core import plugins, storage
 from vm_core.errors import VisualMemoryError
+from vm_core.memory import Manifest, Memory
 from vm_core.neighbors import Neighbors
+from vm_core.tables import write_table
+from vm_core.weights import WEIGHTS_SCHEMA, WeightsEntry, file_name
 
 HARD_THRESHOLD = 128
+SOFT_SCALE = 1.75
+
+SCORES_SCHEMA = pa.schema([("id", pa.string()), ("score", pa.float64())])
 
 
 def without_self(block: Neighbors) -> Neighbors:
@@ -83,10 +105,332 @@ def hard_excluded(counts: LeaveOneOutCounts, threshold: int = HARD_THRESHOLD) ->
 
 def soft_weights(counts: LeaveOneOutCounts) -> dict[str, float]:
     """1.75 / (1 + wrong count at 10) of every item counted; any other item's weight is 1."""
-    return {id: 1.75 / (1 + count) for id, count in counts.wrong_at_10.items()}
+    return {id: SOFT_SCALE / (1 + count) for id, count in counts.wrong_at_10.items()}
 
 
 def multipliers(ids: np.ndarray, weights: Mapping[str, float]) -> np.ndarray:
     """Float64 array of the shape of ``ids``: the weight of each, 1 where it has none."""
     found = map(weights.get, ids.ravel(), itertools.repeat(1.0))
     return np.fromiter(found, dtype=np.float64, count=ids.size).reshape(ids.shape)
+
+
+def scores_of(tables: Iterable[pa.Table], column: str) -> pa.Table:
+    """A table of SCORES_SCHEMA from the ``id`` and one column of others, an empty score left out.
+
+    Some 50 bytes an item are in memory, whatever else the tables hold.
+    """
+    parts = [SCORES_SCHEMA.empty_table()]
+    for table in tables:
+        part = table.select(["id", column]).rename_columns(["id", "score"]).cast(SCORES_SCHEMA)
+        parts.append(part.filter(pc.is_valid(part["score"])))
+    return pa.concat_tables(parts)
+
+
+def read_scores(path: str, column: str) -> pa.Table:
+    """A table of SCORES_SCHEMA from a file, CSV or Parquet, with the columns id and ``column``.
+
+    Raises VisualMemoryError for a missing column, an empty score, one that is not a
+    number, and an id that comes twice.
+    """
+    if not storage.exists(path):
+        raise VisualMemoryError(f"the scores {path!r} do not exist. Give a CSV or Parquet file")
+    data = pa.BufferReader(storage.read_bytes(path))
+    try:
+        if path.endswith(".parquet"):
+            table = pq.read_table(data)
+        else:
+            # Ids stay as they are written: 0012 is not 12, and NA may be an item's name.
+            options = csv.ConvertOptions(
+                column_types={"id": pa.string()}, strings_can_be_null=False
+            )
+            table = csv.read_csv(data, convert_options=options)
+    except pa.ArrowInvalid as error:
+        reason = str(error).partition("\n")[0]
+        raise VisualMemoryError(
+            f"the scores {path!r} cannot be read: {reason}. Give a Parquet file with the ending "
+            ".parquet, or CSV with a line of column names"
+        ) from error
+    for name in ("id", column):
+        if table.schema.names.count(name) != 1:
+            raise VisualMemoryError(
+                f"the scores {path!r} have {table.schema.names.count(name)} columns {name!r}, not "
+                f"one; their columns are {', '.join(table.schema.names)}. Name the scores' with "
+                "--score-column and the items' id"
+            )
+    table = table.select(["id", column]).rename_columns(["id", "score"])
+    try:
+        table = table.cast(SCORES_SCHEMA)
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+        raise VisualMemoryError(
+            f"column {column!r} of the scores {path!r} holds {table.schema.field('score').type}, "
+            "not numbers. Choose another with --score-column"
+        ) from error
+    bad = pc.or_kleene(pc.is_null(table["score"], nan_is_null=True), pc.is_null(table["id"]))
+    if pc.any(bad).as_py():
+        rows = table.filter(bad)
+        raise VisualMemoryError(
+            f"{len(rows):,} rows of the scores {path!r} have no number in {column!r} or no id, the "
+            f"first of them that of item {rows['id'][0].as_py()!r}. Correct or remove them"
+        )
+    counts = pc.value_counts(table["id"])
+    repeated = counts.filter(pc.greater(counts.field("counts"), 1)).field("values")
+    if len(repeated):
+        raise VisualMemoryError(
+            f"{len(repeated):,} ids come more than once in the scores {path!r}, such as "
+            f"{repeated[0].as_py()!r}. Keep one score for each item"
+        )
+    return table
+
+
+def hard(scores: pa.Table, threshold: float, highest: bool = True) -> pa.Table:
+    """Weight 0 for every item whose score is ``threshold`` or more; or less, not ``highest``.
+
+    Like ``worst_share`` and ``soft``, takes SCORES_SCHEMA and returns WEIGHTS_SCHEMA: the
+    items whose weight is not 1.
+    """
+    worse = pc.greater_equal if highest else pc.less_equal
+    return _removed(scores.filter(worse(scores["score"], float(threshold))))
+
+
+def worst_share(scores: pa.Table, share: float, highest: bool = True) -> pa.Table:
+    """Weight 0 for a share of the items: those of the highest scores, or of the lowest.
+
+    Exactly the rounded number of items; where scores are equal the lower ids go.
+    """
+    if not 0 < share < 1:
+        raise VisualMemoryError(
+            f"share {share} of the items cannot be removed. Use a number between 0 and 1, "
+            "such as 0.05"
+        )
+    order = pc.sort_indices(
+        scores, [("score", "descending" if highest else "ascending"), ("id", "ascending")]
+    )
+    return _removed(scores.take(order[: round(share * len(scores))]))
+
+
+def _removed(items: pa.Table) -> pa.Table:
+    return pa.table([items["id"], np.zeros(len(items), np.float32)], schema=WEIGHTS_SCHEMA)
+
+
+def soft(counts: pa.Table, gamma_scale: float = SOFT_SCALE) -> pa.Table:
+    """Weight ``gamma_scale`` / (1 + count) for every item whose count is not 0."""
+    counted = counts.filter(pc.not_equal(counts["score"], 0.0))
+    values = counted["score"].to_numpy()
+    if (values < 0).any():
+        place = int(np.flatnonzero(values < 0)[0])
+        raise VisualMemoryError(
+            f"soft pruning needs counts, and item {counted['id'][place].as_py()!r} has "
+            f"{values[place]:g}. Use wrong counts, or --method hard"
+        )
+    weights = (gamma_scale / (1 + values)).astype(np.float32)
+    return pa.table([counted["id"], weights], schema=WEIGHTS_SCHEMA)
+
+
+class PruneConfig(plugins.Settings):
+    """One pruning of a memory.
+
+    method: hard removes items, soft lowers their weight to ``gamma_scale`` / (1 + count).
+    by: the leave-one-out score: wrong_at_K, correct_at_K, reliability or shapley; the
+    paper's if none is named (wrong_at_100 for hard, wrong_at_10 for soft). Or scores: a CSV
+    or Parquet file with columns id and ``score_column``; ``lowest`` if its low scores are
+    the bad ones. threshold: hard removes scores that reach it; or share: of the items with
+    a score, the worst. leave_one_out: further settings of the leave-one-out run.
+    evaluation: settings of the evaluation that compares before with after, such as
+    queries; none if empty.
+    """
+
+    memory: str
+    method: Literal["hard", "soft"]
+    by: str | None = None
+    scores: str | None = None
+    score_column: str = "score"
+    lowest: bool = False
+    threshold: float | None = Field(None, allow_inf_nan=False)
+    share: float | None = Field(None, gt=0, lt=1)
+    gamma_scale: float = Field(SOFT_SCALE, gt=0, allow_inf_nan=False)
+    leave_one_out: dict[str, Any] = {}
+    evaluation: dict[str, Any] = {}
+
+    @model_validator(mode="after")
+    def _check(self) -> PruneConfig:
+        if self.by and self.scores:
+            raise ValueError("give one of by and scores, not both")
+        if self.by and not re.fullmatch(
+            r"(wrong|correct)_at_[1-9]\d{0,4}|reliability|shapley", self.by
+        ):
+            raise ValueError("by must be wrong_at_K, correct_at_K, reliability or shapley")
+        if self.lowest and not self.scores:
+            raise ValueError("lowest is for the scores of a file; leave-one-out scores know it")
+        if self.method == "soft":
+            if self.threshold is not None or self.share is not None:
+                raise ValueError("threshold and share are of method hard; soft removes nothing")
+            if self.lowest or (self.by and not self.by.startswith("wrong_")):
+                raise ValueError("method soft needs wrong counts, such as by wrong_at_10")
+        elif self.threshold is not None and self.share is not None:
+            raise ValueError("give one of threshold and share, not both")
+        elif self.share is None and self.limit is None:
+            raise ValueError(f"give a threshold or a share to prune by {self.by or self.scores}")
+        return self
+
+    @property
+    def column(self) -> str:
+        """The column of the scores, in the file or of the leave-one-out run."""
+        if self.scores:
+            return self.score_column
+        return self.by or ("wrong_at_100" if self.method == "hard" else "wrong_at_10")
+
+    @property
+    def highest(self) -> bool:
+        """Whether the highest scores are the worst."""
+        return not self.lowest if self.scores else self.column.startswith("wrong_")
+
+    @property
+    def leave_one_out_settings(self) -> dict[str, Any]:
+        """Those given, with the number of neighbours that the score needs."""
+        settings = {"ks": (10, 100), **self.leave_one_out}
+        k = self.column.rpartition("_")[2]
+        if k.isdecimal():
+            settings["ks"] = tuple(sorted({*settings["ks"], int(k)}))
+        return settings
+
+    @property
+    def limit(self) -> float | None:
+        """The threshold, or the paper's where it holds."""
+        if self.threshold is None and not self.scores and self.column == "wrong_at_100":
+            return HARD_THRESHOLD
+        return self.threshold
+
+    def weights(self, scores: pa.Table) -> pa.Table:
+        """WEIGHTS_SCHEMA from SCORES_SCHEMA."""
+        if self.method == "soft":
+            return soft(scores, self.gamma_scale)
+        if self.share is not None:
+            return worst_share(scores, self.share, self.highest)
+        assert self.limit is not None
+        return hard(scores, self.limit, self.highest)
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        """What the manifest keeps of this."""
+        recipe: dict[str, Any] = {"method": self.method, "by": self.column}
+        if self.scores:
+            recipe |= {"scores": self.scores}
+        if self.method == "soft":
+            return recipe | {"gamma_scale": self.gamma_scale}
+        if self.share is not None:
+            return recipe | {"share": self.share}
+        return recipe | {"threshold": self.limit}
+
+
+def check_ids(memory: Memory, scores: pa.Table) -> None:
+    """Raises VisualMemoryError for scores of items that are not in the memory."""
+    known = np.zeros(len(scores), bool)
+    for _, _, places in _in_partitions(memory, scores):
+        known[places] = True
+    _check_known(memory, scores, known)
+
+
+def _check_known(memory: Memory, items: pa.Table, known: np.ndarray) -> None:
+    if not known.all():
+        first = items["id"][int(np.argmin(known))].as_py()
+        raise VisualMemoryError(
+            f"{(~known).sum():,} of {len(items):,} ids are not in the memory {memory.root!r}, the "
+            f"first of them {first!r}. Ids must be those of the memory, as in its exported tables; "
+            "leave others out"
+        )
+
+
+def _in_partitions(memory: Memory, items: pa.Table) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+    """For each partition: its number, and where its members are in ``items``.
+
+    That is the places in ``items``, in the order of the members, first of all members and
+    then of those that are at home there.
+    """
+    ids = items["id"].combine_chunks()
+    for number in range(len(memory.manifest.partitions)):
+        members = memory.members(number)
+        places = pc.fill_null(pc.index_in(members.names, value_set=ids), -1).to_numpy()
+        yield number, places[places >= 0], places[(places >= 0) & members.home]
+
+
+def unweighted(manifest: Manifest) -> Manifest:
+    """The manifest of the same version without weights."""
+    if manifest.weights is None:
+        return manifest
+    digest, name = manifest.weights.base_digest, manifest.weights.base_version
+    return manifest.model_copy(update={"weights": None, "content_digest": digest, "version": name})
+
+
+def with_manifest(memory: Memory, manifest: Manifest) -> Memory:
+    """The memory as another manifest of the same build describes it."""
+    other = copy.copy(memory)
+    other.manifest = manifest
+    return other
+
+
+def stage(memory: Memory, weights: pa.Table, settings: Mapping[str, Any]) -> Memory:
+    """Writes weights beside a memory; returns it as it will be once they are published.
+
+    weights: of WEIGHTS_SCHEMA, any order, each id once; they take the place of weights
+    that the memory has already. settings: how they came about, for the manifest. Raises
+    VisualMemoryError for an id that the memory does not have, and if nothing is left.
+    """
+    base = unweighted(memory.manifest)
+    weights = weights.filter(pc.not_equal(weights["weight"], 1.0)).sort_by("id")
+    values = weights["weight"].to_numpy()
+    identity = hashlib.sha256(values.tobytes())
+    layout = [base.content_digest, base.build, [entry.folder for entry in base.partitions]]
+    identity.update(json.dumps([layout, weights["id"].to_pylist()]).encode())
+    folder = f"weights/{identity.hexdigest()[:16]}"
+    known = np.zeros(len(weights), bool)
+    files = {}
+    for number, places, home in _in_partitions(memory, weights):
+        known[home] = True
+        name = file_name(folder, number)
+        files[name] = write_table(memory.path(name), weights.take(places))
+    _check_known(memory, weights, known)
+    removed = int((values == 0).sum())
+    if removed == base.total("embedded"):
+        raise VisualMemoryError(
+            f"all {removed:,} items would be removed and nothing could be recognised. Remove "
+            "fewer: another threshold, or a share"
+        )
+    entry = WeightsEntry(
+        folder=folder,
+        files=files,
+        settings=dict(settings),
+        removed=removed,
+        weighted=len(values) - removed,
+        base_version=base.version,
+        base_digest=base.content_digest,
+    )
+    digest = json.dumps([base.content_digest, sorted(files.values())])
+    manifest = base.model_copy(
+        update={
+            "weights": entry,
+            "content_digest": hashlib.sha256(digest.encode()).hexdigest(),
+            "version": f"not published, {folder}",
+        }
+    )
+    return with_manifest(memory, manifest)
+
+
+def publish(memory: Memory, weights: pa.Table, settings: Mapping[str, Any]) -> Manifest:
+    """Publishes the memory with other weights as its next version; see ``stage``."""
+    return publish_staged(stage(memory, weights, settings))
+
+
+def undo(memory: Memory) -> Manifest:
+    """Publishes the memory without its weights, with the content digest that it had before."""
+    if memory.manifest.weights is None:
+        raise VisualMemoryError(
+            f"version {memory.manifest.version} of {memory.root!r} has no weights: there is "
+            "nothing to undo"
+        )
+    return publish_staged(with_manifest(memory, unweighted(memory.manifest)))
+
+
+def publish_staged(memory: Memory) -> Manifest:
+    created = datetime.now(UTC).isoformat(timespec="seconds")
+    manifest = memory.manifest.model_copy(update={"created": created})
+    return versions.publish(memory.root, manifest)

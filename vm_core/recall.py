@@ -1,41 +1,190 @@
-"""How much of the exact answer an approximate index finds."""
+"""How much of the exact answer an index finds, on queries that are no rows of it.
+
+The queries lie a third of the way from a row to its nearest neighbour: close to the data,
+as real queries are. Half-way the two would be equally near, and which of them comes first
+a matter of rounding.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
 import numpy as np
+from pydantic import BaseModel
 
-from vm_core.index import TopK
+from vm_core.errors import VisualMemoryError
 from vm_core.index.exact import top_k
-from vm_core.records import EmbeddingBlock
+from vm_core.partitions import Members, Partition
+from vm_core.records import unit_interval
 
-_DEPTHS = (1, 10, 100)
-_QUERIES = 500
+DEPTHS = (1, 10, 100)
+_DEPTH = DEPTHS[-1]
+_NEVER = np.iinfo(np.int32).max
+_PER_CLASS = 5  # with fewer queries a class's recall says little
 
 
-def measure_recall(search: TopK, block: EmbeddingBlock, seed: int = 0) -> dict[int, float]:
-    """Recall at 1, 10 and 100 of a search over a block's rows, against exact search.
+class HeldOut(NamedTuple):
+    """Queries: (Q, D) float32 unit vectors, and the labels (Q,) of the rows beside them."""
 
-    The queries are held out: a third of the way from a random row to its nearest
-    neighbour, close to the data as real queries are, and rows of no index. Half-way the
-    two would be equally near, and which of them comes first a matter of rounding.
+    vectors: np.ndarray
+    labels: np.ndarray
+
+
+class ClassRecall(BaseModel):
+    """Recall at 10 of one class, or of several together."""
+
+    labels: list[int]
+    queries: int
+    recall: float
+
+
+class Recall(BaseModel):
+    """Share of the exact nearest neighbours that the routed search finds.
+
+    at: by depth. worst_class: at 10, among classes with at least 5 queries. new_classes:
+    at 10, of the classes that the version before did not have. by_probes: at the greatest
+    depth, for the number of cells visited.
     """
-    generator = np.random.default_rng(seed)
-    chosen = generator.choice(len(block), size=min(_QUERIES, len(block)), replace=False)
-    rows = block.vectors[np.sort(chosen)]
-    nearest, _ = top_k(rows, block.vectors, 2)
-    between = 2 * rows + block.vectors[nearest[:, 1]]
-    queries = between / np.linalg.norm(between, axis=1, keepdims=True)
-    depths = [depth for depth in _DEPTHS if depth <= len(block)]
-    exact, _ = top_k(queries, block.vectors, depths[-1])
-    found, _ = search(queries, depths[-1])
-    return {
-        depth: float(
-            np.mean(
-                [
-                    len(np.intersect1d(a, b)) / depth
-                    for a, b in zip(exact[:, :depth], found[:, :depth], strict=True)
-                ]
+
+    queries: int
+    at: dict[int, float]
+    worst_class: ClassRecall | None
+    new_classes: ClassRecall | None
+    by_probes: dict[int, float]
+
+
+@dataclass(frozen=True, eq=False)
+class Hits:
+    """The exact nearest rows of Q queries, and how soon the index finds each.
+
+    rows: (Q, 100) int64, -1 where there are fewer. distances: (Q, 100) float32. ranks:
+    (Q, 100) int32, how many cells must be visited before the one where the row is found.
+    """
+
+    rows: np.ndarray
+    distances: np.ndarray
+    ranks: np.ndarray
+
+
+def held_out(
+    members: Members, class_counts: Mapping[int, int], queries: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """A partition's share of the memory's held-out queries: vectors (q, D) and labels (q,).
+
+    Classes get about equally many, whatever their size; rows are chosen by their ids.
+    """
+    wanted = queries / max(1, len(class_counts))
+    share = {label: wanted / count for label, count in class_counts.items() if count}
+    chosen = np.array(
+        [
+            home and unit_interval(id, "recall") < share.get(label, 0)
+            for id, label, home in zip(
+                members.ids, members.labels.tolist(), members.home.tolist(), strict=True
             )
+        ],
+        bool,
+    )
+    rows = members.vectors[chosen].astype(np.float32)
+    nearest, _ = top_k(rows, members.vectors, min(2, len(members)))
+    other = members.vectors[nearest[:, -1:].ravel()].astype(np.float32) if len(rows) else rows
+    between = 2 * rows + other
+    return between / np.linalg.norm(between, axis=1, keepdims=True), members.labels[chosen]
+
+
+def exact_and_found(partition: Partition, queries: np.ndarray, ranks: np.ndarray) -> Hits:
+    """The exact answer over one partition, which query q visits as its ranks[q]-th cell."""
+    members = partition.members
+    exact, distances = top_k(queries, members.vectors, _DEPTH)
+    found, _ = partition.search(queries, _DEPTH)
+    is_found = np.zeros(exact.shape, bool)
+    for row, (wanted, answer) in enumerate(zip(exact, found, strict=True)):
+        is_found[row] = np.isin(wanted, answer)
+    rows = np.where(exact >= 0, members.rows[exact] if len(members) else -1, -1)
+    return Hits(rows, distances, np.where(is_found, ranks[:, None], _NEVER).astype(np.int32))
+
+
+def merge(left: Hits, right: Hits) -> Hits:
+    """The hits over both sides' partitions; a row that both have is found by the sooner one.
+
+    Associative and commutative.
+    """
+    rows = np.concatenate([left.rows, right.rows], axis=1)
+    distances = np.concatenate([left.distances, right.distances], axis=1)
+    ranks = np.concatenate([left.ranks, right.ranks], axis=1)
+    order = np.lexsort((ranks, rows), axis=1)
+    rows, distances, ranks = (
+        np.take_along_axis(each, order, axis=1) for each in (rows, distances, ranks)
+    )
+    again = np.zeros(rows.shape, bool)
+    again[:, 1:] = rows[:, 1:] == rows[:, :-1]
+    rows, distances = np.where(again, -1, rows), np.where(again, np.inf, distances)
+    order = np.lexsort((rows, distances), axis=1)[:, :_DEPTH]
+    return Hits(*(np.take_along_axis(each, order, axis=1) for each in (rows, distances, ranks)))
+
+
+def nothing(queries: int) -> Hits:
+    """Hits over no partition."""
+    shape = (queries, _DEPTH)
+    return Hits(
+        np.full(shape, -1),
+        np.full(shape, np.inf, np.float32),
+        np.full(shape, _NEVER, np.int32),
+    )
+
+
+def fewest_probes(hits: Hits, cells: int, coverage: float) -> int:
+    """The fewest cells to visit that find ``coverage`` of what visiting all of them finds."""
+    found = [_recall(hits, probes, _DEPTH).mean() for probes in range(1, cells + 1)]
+    return 1 + int(np.argmax(np.array(found) >= coverage * found[-1]))
+
+
+def summarise(
+    hits: Hits, labels: np.ndarray, probes: int, cells: int, before: Iterable[int] | None
+) -> Recall:
+    """Recall with so many probes. before: the labels of the version before, None without one."""
+    at_10 = _recall(hits, probes, 10)
+    classes, owner, counts = np.unique(labels, return_inverse=True, return_counts=True)
+    means = np.bincount(owner, at_10, minlength=len(classes)) / np.maximum(counts, 1)
+    worst = None
+    if len(enough := np.flatnonzero(counts >= _PER_CLASS)):
+        which = enough[np.argmin(means[enough])]
+        worst = ClassRecall(
+            labels=[int(classes[which])], queries=int(counts[which]), recall=float(means[which])
         )
-        for depth in depths
-    }
+    new = None
+    if before is not None and len(fresh := np.setdiff1d(classes, list(before))):
+        of_new = np.isin(labels, fresh)
+        new = ClassRecall(
+            labels=fresh.tolist(), queries=int(of_new.sum()), recall=float(at_10[of_new].mean())
+        )
+    steps = sorted({n for n in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, probes, cells) if n <= cells})
+    return Recall(
+        queries=len(labels),
+        at={depth: float(_recall(hits, probes, depth).mean()) for depth in DEPTHS},
+        worst_class=worst,
+        new_classes=new,
+        by_probes={n: float(_recall(hits, n, _DEPTH).mean()) for n in steps},
+    )
+
+
+def check(recall: Recall, minimum: float) -> None:
+    """Raises VisualMemoryError if recall at 10 is too low, overall or for the new classes."""
+    groups = {"the index": recall.at[10]}
+    if recall.new_classes is not None:
+        groups[f"the {len(recall.new_classes.labels)} new classes"] = recall.new_classes.recall
+    for name, value in groups.items():
+        if value < minimum:
+            raise VisualMemoryError(
+                f"{name}: recall@10 is {value:.3f} on {recall.queries} held-out queries; "
+                f"minimum_recall is {minimum}. Search more (--set partitioning.probes=N, --set "
+                "index.leaves_to_search=N), use --set index.kind=exact, or lower minimum_recall"
+            )
+
+
+def _recall(hits: Hits, probes: int, depth: int) -> np.ndarray:
+    """(Q,) float64: share of the first ``depth`` exact neighbours that are found."""
+    there = hits.rows[:, :depth] >= 0
+    found = there & (hits.ranks[:, :depth] < probes)
+    return found.sum(axis=1) / np.maximum(there.sum(axis=1), 1)

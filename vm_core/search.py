@@ -1,67 +1,216 @@
-"""Neighbours of a block of queries, over one partition or several."""
+"""Neighbours of a block of queries: routed to the nearest cells, searched, merged."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import replace
+import threading
+from collections import OrderedDict, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 
-from vm_core.index import Partition
+from vm_core.index.exact import top_k
 from vm_core.neighbors import Neighbors
+from vm_core.partitions import Partition
 from vm_core.records import PADDING, EmbeddingBlock
 
 
-def find_neighbors(
-    partitions: Iterable[Partition], queries: EmbeddingBlock, k: int, exclude_self: bool = False
-) -> Neighbors:
-    """The k nearest rows of each query over all partitions, one after another.
+@dataclass(frozen=True, eq=False)
+class Router:
+    """Sends queries to partitions.
 
-    ``exclude_self`` leaves out the row that has the query's own id, wherever it stands.
+    centroids: (C, D) float32 unit vectors, None for a single cell. cells: of each
+    partition, by number. An oversized cell has several partitions, and an empty one none.
+    probes: how many of the nearest cells a query visits.
     """
-    wanted = k + 1 if exclude_self else k
-    found = None
-    for partition in partitions:
-        part = _search(partition, queries, wanted)
-        found = part if found is None else merge(found, part)
-    if found is None:
-        raise ValueError("no partitions to search")
+
+    centroids: np.ndarray | None
+    cells: tuple[int, ...]
+    probes: int
+
+    def route(self, vectors: np.ndarray) -> np.ndarray:
+        """(Q, probes) int64: the cells to visit, the nearest first."""
+        if self.centroids is None:
+            return np.zeros((len(vectors), 1), np.int64)
+        return top_k(vectors, self.centroids, min(self.probes, len(self.centroids)))[0]
+
+    def partitions_of(self, cell: int) -> Sequence[int]:
+        """The numbers of a cell's partitions."""
+        return self._partitions.get(cell, ())
+
+    @cached_property
+    def _partitions(self) -> dict[int, list[int]]:
+        numbers = defaultdict(list)
+        for number, cell in enumerate(self.cells):
+            numbers[cell].append(number)
+        return dict(numbers)
+
+    def visits(self, vectors: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+        """Every partition that some of the (Q, D) queries visit, with their places, ascending."""
+        routes = self.route(vectors)
+        for cell in np.unique(routes).tolist():
+            places = np.flatnonzero((routes == cell).any(axis=1))
+            for number in self.partitions_of(cell):
+                yield number, places
+
+
+class PartitionCache:
+    """Opens partitions and keeps the latest used ones, within a number of bytes.
+
+    One partition is always kept, whatever its size. Safe to call from several threads.
+    """
+
+    def __init__(
+        self, open: Callable[[int], Partition], sizes: Sequence[int], limit: int = 4 << 30
+    ):
+        self._open, self._sizes, self._limit = open, sizes, limit
+        self._opened: OrderedDict[int, Partition] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def __call__(self, number: int) -> Partition:
+        with self._lock:
+            if number not in self._opened:
+                self._make_room(self._sizes[number])
+                self._opened[number] = self._open(number)
+            self._opened.move_to_end(number)
+            return self._opened[number]
+
+    def _make_room(self, size: int) -> None:
+        while self._opened and size + sum(self._sizes[n] for n in self._opened) > self._limit:
+            self._opened.popitem(last=False)
+
+
+def search_partition(
+    partition: Partition, queries: EmbeddingBlock, k: int, exclude_self: bool = False
+) -> Neighbors:
+    """The k nearest members of one partition.
+
+    ``exclude_self`` leaves out the member that has the query's own id.
+    """
+    rows, distances = partition.search(queries.vectors, k + exclude_self)
+    found = rows >= 0
+    ids = np.full(rows.shape, "", object)
+    labels = np.full(rows.shape, PADDING, np.int64)
+    ids[found] = partition.members.ids[rows[found]]
+    labels[found] = partition.members.labels[rows[found]]
+    weights = None
+    if partition.weights is not None:
+        weights = np.ones(rows.shape, np.float32)
+        weights[found] = partition.weights[rows[found]]
+    neighbors = Neighbors(queries.ids, queries.labels, ids, labels, distances, weights=weights)
     if exclude_self:
-        found = found.remove(found.ids == found.query_ids[:, None])
-    return found.first(k)
+        neighbors = neighbors.remove(ids == queries.ids[:, None]).first(k)
+    return neighbors
+
+
+def assemble(
+    queries: EmbeddingBlock, k: int, parts: Iterable[tuple[np.ndarray, Neighbors]]
+) -> Neighbors:
+    """The k nearest of what partitions found; a part comes with the places of its queries.
+
+    The parts may come in any order.
+    """
+    shape = (len(queries), k)
+    found = Neighbors(
+        queries.ids,
+        queries.labels,
+        np.full(shape, "", object),
+        np.full(shape, PADDING, np.int64),
+        np.full(shape, np.inf, np.float32),
+    )
+    fresh = np.ones(len(queries), bool)
+    for places, part in parts:
+        if not fresh[places].all():
+            part = merge(found.take(places), part)
+        fresh[places] = False
+        if part.weights is not None and found.weights is None:
+            found = replace(found, weights=np.ones(shape, np.float32))
+        for name in ("ids", "labels", "distances", "weights"):
+            values = getattr(part, name)
+            if values is not None:
+                getattr(found, name)[places] = values
+    return found
+
+
+class Searcher:
+    """Searches a memory in this process, partition by partition."""
+
+    def __init__(self, router: Router, partitions: Callable[[int], Partition]):
+        self._router, self._partitions = router, partitions
+
+    def __call__(self, queries: EmbeddingBlock, k: int, exclude_self: bool = False) -> Neighbors:
+        """The k nearest rows of each query; fewer are padded."""
+        parts = (
+            (
+                places,
+                search_partition(self._partitions(number), queries.take(places), k, exclude_self),
+            )
+            for number, places in self._router.visits(queries.vectors)
+        )
+        return assemble(queries, k, parts)
 
 
 def merge(left: Neighbors, right: Neighbors) -> Neighbors:
     """The nearest K of two answers to the same queries; ties by id.
 
-    An id that both have stands once, at its smaller distance.
-
-    Associative and commutative, so partitions can be merged in any order and grouping.
+    An id that both have stands once, at its smaller distance. Associative and
+    commutative, so partitions can be merged in any order and grouping.
     """
-    ids = np.concatenate([left.ids, right.ids], axis=1)
-    labels = np.concatenate([left.labels, right.labels], axis=1)
-    distances = np.concatenate([left.distances, right.distances], axis=1)
-    _, rank = np.unique(ids.ravel(), return_inverse=True)
-    rank = rank.reshape(ids.shape)
-    by_id = np.lexsort((distances, rank), axis=1)
-    ordered = np.take_along_axis(rank, by_id, axis=1)
-    repeated = np.zeros(ids.shape, bool)
-    np.put_along_axis(repeated, by_id[:, 1:], ordered[:, 1:] == ordered[:, :-1], axis=1)
-    ids[repeated], labels[repeated], distances[repeated] = "", PADDING, np.inf
-    order = np.lexsort((rank, distances), axis=1)
-    return replace(
+    both = replace(
         left,
-        ids=np.take_along_axis(ids, order, axis=1),
-        labels=np.take_along_axis(labels, order, axis=1),
-        distances=np.take_along_axis(distances, order, axis=1),
-    ).first(left.k)
+        ids=np.concatenate([left.ids, right.ids], axis=1),
+        labels=np.concatenate([left.labels, right.labels], axis=1),
+        distances=np.concatenate([left.distances, right.distances], axis=1),
+        weights=_both_weights(left, right),
+    )
+    repeated = _repeated(both.ids, both.distances)
+    if repeated.any():
+        for name, padding in (("ids", ""), ("labels", PADDING), ("distances", np.inf)):
+            getattr(both, name)[repeated] = padding
+    order = np.argsort(both.distances, axis=1, kind="stable")
+    ordered = np.take_along_axis(both.distances, order, axis=1)
+    tied = (ordered[:, 1:] == ordered[:, :-1]) & np.isfinite(ordered[:, 1:])
+    for row in np.flatnonzero(tied.any(axis=1)):
+        # Few queries have ties, and comparing strings is slow.
+        order[row] = sorted(order[row], key=lambda i: (both.distances[row, i], both.ids[row, i]))
+    order = order[:, : left.k]
+    return replace(
+        both,
+        ids=np.take_along_axis(both.ids, order, axis=1),
+        labels=np.take_along_axis(both.labels, order, axis=1),
+        distances=np.take_along_axis(both.distances, order, axis=1),
+        weights=None if both.weights is None else np.take_along_axis(both.weights, order, axis=1),
+    )
 
 
-def _search(partition: Partition, queries: EmbeddingBlock, k: int) -> Neighbors:
-    rows, distances = partition.search(queries.vectors, k)
-    found = rows >= 0
-    ids = np.full(rows.shape, "", object)
-    labels = np.full(rows.shape, PADDING, np.int64)
-    ids[found] = partition.ids[rows[found]]
-    labels[found] = partition.labels[rows[found]]
-    return Neighbors(queries.ids, queries.labels, ids, labels, distances)
+def _both_weights(left: Neighbors, right: Neighbors) -> np.ndarray | None:
+    if left.weights is None and right.weights is None:
+        return None
+    sides = [
+        np.ones(side.labels.shape, np.float32) if side.weights is None else side.weights
+        for side in (left, right)
+    ]
+    return np.concatenate(sides, axis=1)
+
+
+def _repeated(ids: np.ndarray, distances: np.ndarray) -> np.ndarray:
+    """(Q, K) bool: which ids stand in their row already, at a smaller or the same distance."""
+    repeated = np.zeros(ids.shape, bool)
+    # Numbers sort faster than strings; what they say is checked on the strings themselves.
+    codes = np.fromiter(map(hash, ids.ravel()), np.int64, ids.size).reshape(ids.shape)
+    ascending = np.sort(codes, axis=1)
+    empty = hash("")
+    suspects = ((ascending[:, 1:] == ascending[:, :-1]) & (ascending[:, 1:] != empty)).any(axis=1)
+    rows = np.flatnonzero(suspects)
+    if len(rows):
+        by_id = np.lexsort((distances[rows], codes[rows]), axis=1)
+        sorted_ids = np.take_along_axis(ids[rows], by_id, axis=1)
+        again = np.zeros(by_id.shape, bool)
+        again[:, 1:] = (sorted_ids[:, 1:] == sorted_ids[:, :-1]) & (sorted_ids[:, 1:] != "")
+        marked = np.zeros(by_id.shape, bool)
+        np.put_along_axis(marked, by_id, again, axis=1)
+        repeated[rows] = marked
+    return repeated
+
+

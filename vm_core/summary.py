@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 from rich import box
@@ -26,7 +27,7 @@ def of_memory(memory: Memory, classes: int = 20) -> RenderableType:
         ),
         ("encoder", f"{manifest.encoder.path} ({manifest.encoder_fingerprint})"),
         ("shards", f"{len(manifest.shards)}"),
-        ("index", "; ".join(_partition(manifest))),
+        ("index", _index(manifest)),
         ("content", manifest.content_digest),
     )
     by_class = Table("class", "images", title="Classes", title_justify="left", box=None)
@@ -57,7 +58,7 @@ def of_build(memory: Memory) -> RenderableType:
     return _grid(
         ("memory", f"{memory.root}, version {manifest.version}"),
         ("images", _counts(manifest)),
-        ("index", "; ".join(_partition(manifest))),
+        ("index", _index(manifest)),
         ("content", manifest.content_digest),
     )
 
@@ -84,7 +85,12 @@ def of_evaluation(results: dict[str, Any], output: str) -> RenderableType:
         (
             "queries",
             f"{queries['test']:,} test, {queries['tuning']:,} tuning (chose k), "
-            f"{queries['quarantined']:,} quarantined",
+            f"{queries['quarantined']:,} quarantined"
+            + (
+                f"; {queries['leaks']:,} have a near-duplicate in the memory"
+                if queries["leaks"]
+                else ""
+            ),
         ),
         ("report", f"{output}/report.html"),
     )
@@ -148,14 +154,24 @@ def _counts(manifest: Manifest) -> str:
     )
 
 
-def _partition(manifest: Manifest) -> list[str]:
-    lines = []
-    for partition in manifest.partitions:
-        line = f"{partition.index.kind}, {partition.count:,} rows"
-        if partition.recall is not None:
-            line += ", recall " + ", ".join(f"@{k} {r:.3f}" for k, r in partition.recall.items())
-        lines.append(line)
-    return lines
+def _index(manifest: Manifest) -> str:
+    kinds = Counter(partition.index.kind for partition in manifest.partitions)
+    rows = [partition.count for partition in manifest.partitions]
+    text = ", ".join(kinds)
+    if len(rows) > 1:
+        text += (
+            f"; {len(rows)} partitions of {min(rows):,} to {max(rows):,} rows, "
+            f"{manifest.probes} visited by a query"
+        )
+    if manifest.recall is not None:
+        recall = manifest.recall
+        text += f"; recall on {recall.queries:,} held-out queries "
+        text += ", ".join(f"@{k} {value:.3f}" for k, value in recall.at.items())
+        if recall.worst_class is not None:
+            text += f", worst class @10 {recall.worst_class.recall:.3f}"
+        if recall.new_classes is not None:
+            text += f", new classes @10 {recall.new_classes.recall:.3f}"
+    return text
 
 
 def _grid(*rows: tuple[str, str]) -> Table:

@@ -4,7 +4,6 @@ import dataclasses
 import os
 import shutil
 import signal
-import struct
 import textwrap
 from pathlib import Path
 
@@ -24,11 +23,13 @@ from tests.integration.harness import (
     table,
     write_config,
 )
-from vm_core import building, embedding, memory
+from vm_core import building, embedding, indexing, memory, recall
 from vm_core.building import BuildConfig
 from vm_core.embedding import BatchedEncoder
 from vm_core.errors import VisualMemoryError
 from vm_core.memory import Memory
+from vm_core.partitioning import Partitioning
+from vm_core.recall import HeldOut
 from vm_core.records import shard_of, unit_interval
 
 
@@ -72,11 +73,13 @@ def test_equals_the_same_computation_without_beam(memory, tmp_path, monkeypatch)
         building.write_shard_files(plan, shard, [part for owner, part in parts if owner == shard])
         for shard in reversed(range(SHARDS))
     ]
+    index_plan = building.plan_index(plan, entries)
+    counts = [indexing.assign_shard(index_plan, shard) for shard in range(SHARDS)]
     partitions = [
-        building.build_partition(plan, *numbered)
-        for numbered in building.plan_partitions(plan, entries)
+        indexing.build_partition(index_plan, task)
+        for task in indexing.plan_partitions(index_plan, counts)
     ]
-    manifest = building.publish(plan, partitions, entries)
+    manifest = building.publish(plan, entries, partitions, None)
     assert manifest.content_digest == memory.manifest.content_digest
     assert shard_contents(Memory(str(tmp_path))) == shard_contents(memory)
 
@@ -274,7 +277,7 @@ def test_one_image_and_many_shards(inputs, small_encoder, tmp_path):
     settings = configuration(tmp_path / "memory", small_encoder, inputs) | {"shards": 9}
     built = build_memory(settings)
     assert built.manifest.total("embedded") == 1 and len(built.manifest.shards) == 9
-    assert built.open_partition(0).ids.tolist() == [f"few/iris/{photos[0].name}"]
+    assert built.members(0).ids.tolist() == [f"few/iris/{photos[0].name}"]
 
 
 @pytest.mark.parametrize("dtype, tolerance", [("float16", 1e-3), ("bfloat16", 8e-3)])
@@ -290,7 +293,7 @@ def test_smaller_dtypes(memory, few_photos, small_encoder, tmp_path, dtype, tole
 def test_a_memory_can_be_moved(memory, tmp_path):
     moved = Memory(str(shutil.copytree(memory.root, tmp_path / "moved")))
     assert moved.manifest == memory.manifest
-    np.testing.assert_array_equal(moved.open_partition(0).ids, memory.open_partition(0).ids)
+    np.testing.assert_array_equal(moved.members(0).ids, memory.members(0).ids)
     id = rows_of(moved).ids[0]
     assert moved.thumbnails([id, "no such id"]).keys() == {id}
 
@@ -330,19 +333,58 @@ def test_without_thumbnails(memory, few_photos, small_encoder, tmp_path):
     np.testing.assert_array_equal(rows_of(built).vectors, rows_of(memory).vectors)
 
 
-def test_an_index_that_finds_too_little_is_not_published(memory, tmp_path):
+def test_an_index_that_finds_too_little_is_not_published(memory, tmp_path, monkeypatch):
     config = BuildConfig.model_validate({**memory.manifest.config, "memory": str(tmp_path)})
     plan, _ = building.plan_build(config)
-    poor = memory.manifest.partitions[0].model_copy(update={"recall": {1: 0.9, 10: 0.85}})
-    with pytest.raises(VisualMemoryError, match=r"recall@10 0\.850; minimum_recall is 0\.9\."):
-        building.publish(plan, [poor], memory.manifest.shards)
+    config = config.model_copy(update={"partitioning": Partitioning(rows=8)})
+    plan = dataclasses.replace(plan, config=config)
+    index_plan = building.plan_index(plan, memory.manifest.shards)
+    assert indexing.needs_recall(index_plan)
+    labels = np.zeros(4, np.int64)
+    monkeypatch.setattr(
+        indexing, "read_held_out", lambda *_: HeldOut(vectors=labels, labels=labels)
+    )
+    hits = recall.nothing(4)
+    hits.rows[:, :10] = np.arange(10)
+    hits.ranks[:, :7] = 0
+    with pytest.raises(VisualMemoryError, match=r"recall@10 is 0\.700 .* minimum_recall is 0\.9\."):
+        building.publish(plan, memory.manifest.shards, memory.manifest.partitions, hits)
     assert not (tmp_path / "CURRENT").exists()
 
 
-def test_a_shard_cut_off_between_records_is_noticed(memory, tmp_path):
+def test_missing_rows_of_a_partition_are_noticed(memory, tmp_path):
     moved = Memory(str(shutil.copytree(memory.root, tmp_path / "copy")))
-    path = Path(moved.path(moved.manifest.partitions[0].shards[0]))
-    (length,) = struct.unpack("<Q", path.read_bytes()[:8])
-    path.write_bytes(path.read_bytes()[: 16 + length])
+    path = moved.path(f"{moved.manifest.partitions[0].folder}/vectors.npy")
+    np.save(path, np.load(path)[:-1])
     with pytest.raises(VisualMemoryError, match="files are missing or cut off"):
         moved.open_partition(0)
+
+
+def test_several_partitions_find_what_one_finds(memory, few_photos, small_encoder, tmp_path):
+    """Through Beam: divided, with copies, visiting all: the same neighbours bit for bit."""
+    queries = rows_of(memory)
+    expected = memory.searcher()(queries, 7, exclude_self=True)
+    digests = set()
+    for spill in ("none", "nearest", "soar"):
+        settings = configuration(
+            tmp_path / spill,
+            small_encoder,
+            few_photos,
+            partitioning={"rows": 9, "spill": spill, "probes": 99},
+            index={"kind": "exact"},
+        )
+        divided = build_memory(settings, "--direct_num_workers=2")
+        manifest = divided.manifest
+        assert len(manifest.partitions) > 3 and manifest.recall.at[10] == 1
+        assert all(entry.count <= 9 for entry in manifest.partitions)
+        assert sum(entry.home for entry in manifest.partitions) == len(queries)
+        found = divided.searcher()(queries, 7, exclude_self=True)
+        np.testing.assert_array_equal(found.ids, expected.ids)
+        np.testing.assert_array_equal(found.distances, expected.distances)
+        digests.add(manifest.content_digest)
+        again = build_memory(settings | {"memory": str(tmp_path / f"{spill}-again")})
+        assert again.manifest.content_digest == manifest.content_digest
+        assert not (tmp_path / spill / "work").exists() or not any(
+            path.is_file() for path in (tmp_path / spill / "work").rglob("*")
+        )
+    assert len(digests) == 3

@@ -1,6 +1,7 @@
 """Evaluations: what is measured, what is written, and that Beam adds nothing to it."""
 
 import csv
+import dataclasses
 import json
 import shutil
 from collections import Counter
@@ -173,7 +174,7 @@ def test_counts_and_unknown_classes(evaluated):
 def test_what_is_written(memory, evaluated):
     plan, results = evaluated
     names = {path.name for path in Path(plan.output).iterdir()}
-    kinds = ("neighbors", "predictions", "quarantine")
+    kinds = ("neighbors", "predictions", "leaks", "quarantine")
     shard_names = {f"{kind}-{shard:05d}-of-00003.parquet" for kind in kinds for shard in range(3)}
     assert names - {"work"} == shard_names | {
         "accuracy.csv",
@@ -432,3 +433,23 @@ def test_as_a_module_over_two_processes(memory, queries, evaluated, tmp_path):
     assert found["test"] == results["test"] and found["tuning"] == results["tuning"]
     assert len(json.loads((tmp_path / "neighbors.json").read_text())) == 40
     assert "quarantined" in done.stdout and "rank" in done.stdout
+
+
+def test_queries_that_the_memory_holds_are_reported_as_leaks(memory, tmp_path):
+    pattern = f"{memory.root}/builds/*/embeddings-*.tfrecord"
+    config = EvaluationConfig(memory=memory.root, embeddings=pattern, output=str(tmp_path), k=1)
+    _, results = evaluate(config)
+    assert results["queries"]["leaks"] == 0  # an item is no leak of itself
+    copy = tmp_path / "copy"
+    block = rows_of(memory)
+    renamed = dataclasses.replace(block, ids=np.array([f"x{id}" for id in block.ids], object))
+    shards.write_shard(str(copy), renamed, memory.manifest.encoder_fingerprint, "float32")
+    config = EvaluationConfig(
+        memory=memory.root, embeddings=str(copy), output=str(tmp_path / "2"), k=5
+    )
+    _, results = evaluate(config)
+    assert results["queries"]["leaks"] == len(block)
+    leaks = table(f"{tmp_path}/2/leaks-*.parquet").to_pylist()
+    pairs = {(leak["query_id"], leak["item_id"]) for leak in leaks}
+    assert pairs >= {(f"x{id}", id) for id in block.ids}
+    assert all(leak["distance"] < 0.01 for leak in leaks)

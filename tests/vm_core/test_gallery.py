@@ -1,6 +1,7 @@
 """The queries that a report shows, and the vote on each."""
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -56,6 +57,28 @@ def test_the_explanation_is_the_vote(voter):
             if label == example.prediction
         ]
         assert sum(of_winner) == pytest.approx(example.confidence)
+
+
+@pytest.mark.parametrize("voter", VOTERS)
+def test_weights_of_a_pruned_memory_are_in_the_shares(voter):
+    neighbors = block(0, 30)
+    multiplier = np.random.default_rng(1).choice(np.float32([0.25, 1, 1.75]), (30, 6))
+    weighted = replace(neighbors, weights=multiplier)
+    plain = explain(neighbors, [None] * 30, voter, 6, PARAMETERS)
+    examples = explain(weighted, [None] * 30, voter, 6, PARAMETERS)
+    votes = vote(
+        neighbors.labels, neighbors.distances, [voter], multiplier=multiplier, confidences=True
+    )[voter]
+    for row, (example, without) in enumerate(zip(examples, plain, strict=True)):
+        shares = np.array(without.weights) * multiplier[row, : len(without.weights)]
+        np.testing.assert_allclose(example.weights, shares / shares.sum())
+        assert example.prediction == votes.predictions[row, -1]
+        assert example.confidence == pytest.approx(votes.confidences[row, -1])
+    gallery = Gallery(voter, 9, PARAMETERS, size=30)
+    gallery.add(weighted, embeddings(weighted))
+    by_id = {example.query_id: example for example in examples}
+    for example in gallery.examples("wrong"):
+        assert example == replace(by_id[example.query_id], thumbnail=example.thumbnail)
 
 
 @settings(deadline=None, max_examples=40)

@@ -6,7 +6,9 @@ import pytest
 
 from vm_core import encoders, index, memory, storage
 from vm_core.errors import VisualMemoryError
-from vm_core.memory import Manifest, Memory, PartitionEntry, ShardEntry, publish
+from vm_core.indexing import PartitionEntry
+from vm_core.memory import Manifest, Memory, ShardEntry, publish
+from vm_core.recall import Recall
 
 SHARD = ShardEntry(
     embeddings="builds/b/embeddings-00000-of-00001.tfrecord",
@@ -46,13 +48,19 @@ def manifest(tmp_path):
         partitions=[
             PartitionEntry(
                 folder="builds/b/index-0/partition-00000",
-                shards=[SHARD.embeddings],
+                cell=0,
                 count=14,
+                home=14,
+                bytes=99,
                 index=index.parse({"kind": "scann", "leaves": 7}),
                 files={},
-                recall={1: 0.5, 10: 0.25},
             )
         ],
+        centroids=None,
+        probes=1,
+        recall=Recall(
+            queries=9, at={1: 0.5, 10: 0.25}, worst_class=None, new_classes=None, by_probes={}
+        ),
         config={"shards": 2},
     )
 
@@ -72,7 +80,7 @@ def test_manifest_round_trip(root, manifest):
     assert opened == published and opened.version == "000001"
     assert type(opened.encoder).__module__ == "vm_core.encoders.saved_model"
     assert opened.partitions[0].index.leaves == 7
-    assert opened.partitions[0].recall == {1: 0.5, 10: 0.25}
+    assert opened.recall.at == {1: 0.5, 10: 0.25}
     assert opened.total("read") == 20 and opened.total("duplicates") == 2
     assert opened.class_counts() == {0: 4, 2: 6, 5: 4}
     assert opened.source_counts() == {"a": 14} and opened.reasons() == {"empty": 2}
@@ -128,18 +136,18 @@ def test_unknown_version(root, manifest):
         Memory(root, "000007")
 
 
-@pytest.mark.parametrize("format", [2, "1", None])
+@pytest.mark.parametrize("format", [1, "2", None])
 def test_another_format(root, manifest, format):
     publish(root, manifest)
     path = f"{root}/versions/000001.json"
     settings = json.loads(storage.read_bytes(path)) | {"format": format}
     storage.write_bytes(path, json.dumps(settings).encode())
-    with pytest.raises(VisualMemoryError, match=rf"has format {format!r}, this program reads 1"):
+    with pytest.raises(VisualMemoryError, match=rf"has format {format!r}, this program reads 2"):
         Memory(root)
 
 
 @pytest.mark.parametrize(
-    "damage", [lambda data: data[: len(data) // 2], lambda data: b'{"format": 1}', lambda data: b""]
+    "damage", [lambda data: data[: len(data) // 2], lambda data: b'{"format": 2}', lambda data: b""]
 )
 def test_a_damaged_manifest(root, manifest, damage):
     publish(root, manifest)

@@ -2,6 +2,7 @@ import itertools
 import json
 import pickle
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -97,6 +98,19 @@ def test_results_against_the_definitions(block):
     assert result["calibration"]["expected_error"] == pytest.approx(error / 200, abs=1e-8)
     assert result["calibration"]["count"] == np.bincount(bins, minlength=4).tolist()
     assert json.loads(json.dumps(result, allow_nan=False)) == result
+
+
+def test_the_blocks_own_weights_multiply():
+    weighted = make_block(queries=60, k=6, seed=3, sets=True, weighted=True)
+    plain = replace(weighted, weights=None)
+    expected, found = EvaluationMetrics(8, range(20)), EvaluationMetrics(8, range(20))
+    votes = expected.add(plain, weighted.weights)
+    for voter, result in found.add(weighted).items():
+        np.testing.assert_array_equal(result.predictions, votes[voter].predictions)
+    assert found.result() == expected.result()
+    unweighted = EvaluationMetrics(8, range(20))
+    unweighted.add(plain)
+    assert found.result() != unweighted.result()
 
 
 def test_best_k_is_the_smallest_of_equals():

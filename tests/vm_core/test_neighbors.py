@@ -1,5 +1,6 @@
 import json
 import tracemalloc
+from dataclasses import fields
 
 import numpy as np
 import pyarrow as pa
@@ -19,7 +20,7 @@ from vm_core.neighbors import (
 from vm_core.records import strings
 
 
-def make_block(queries=20, k=7, seed=0, ragged=True, sets=False, dtype=np.float64):
+def make_block(queries=20, k=7, seed=0, ragged=True, sets=False, dtype=np.float64, weighted=False):
     rng = np.random.default_rng(seed)
     ids = np.array([f"m{i}" for i in range(50)], dtype=object)
     ids = np.stack([rng.choice(ids, k, replace=False) for _ in range(queries)])
@@ -37,11 +38,12 @@ def make_block(queries=20, k=7, seed=0, ragged=True, sets=False, dtype=np.float6
         label_sets[0] = [1, 2, 3]
         query_labels = label_sets[:, 0].copy()
     query_ids = strings([f'q"{seed}/{i}\u00e9' for i in range(queries)])
-    return Neighbors(query_ids, query_labels, ids, labels, distances, label_sets)
+    weights = rng.choice(np.float32([0.25, 1, 1.75]), (queries, k)) if weighted else None
+    return Neighbors(query_ids, query_labels, ids, labels, distances, label_sets, weights)
 
 
 def assert_equal(a, b):
-    for name in ("query_ids", "query_labels", "ids", "labels", "distances", "query_label_sets"):
+    for name in (field.name for field in fields(Neighbors)):
         np.testing.assert_array_equal(getattr(a, name), getattr(b, name), err_msg=name)
 
 
@@ -168,11 +170,18 @@ def test_arrow_round_trip():
     assert_equal(from_arrow(table.to_batches()[0]), block)
     assert_equal(from_arrow(pa.concat_tables([table, table])), Neighbors.concatenate([block] * 2))
     assert len(from_arrow(table.slice(0, 0))) == 0
+    weighted = make_block(dtype=np.float32, weighted=True)
+    assert to_arrow(weighted).schema == NEIGHBORS_SCHEMA
+    assert_equal(from_arrow(to_arrow(weighted)), weighted)
+    assert_equal(from_arrow(table.drop_columns("neighbor_weights")), block)
 
 
 def test_arrow_refuses_what_it_cannot_hold():
     with pytest.raises(VisualMemoryError, match="Write it as JSON"):
         to_arrow(make_block(sets=True))
+    mixed = pa.concat_tables([to_arrow(make_block()), to_arrow(make_block(weighted=True))])
+    with pytest.raises(VisualMemoryError, match=r"'neighbor_weights'.*differ in length \(0 to 7"):
+        from_arrow(mixed)
     table = to_arrow(make_block()).to_pydict()
     table["neighbor_labels"][3] = [1]
     with pytest.raises(VisualMemoryError, match=r"'neighbor_labels'.*differ in length \(1 to 7\)"):
@@ -201,6 +210,30 @@ def test_take_first_and_concatenate():
     mixed = Neighbors.concatenate([a, make_block(seed=3, sets=True)])
     assert mixed.query_label_sets.shape == (40, 3)
     assert mixed.query_label_sets[0].tolist() == [a.query_labels[0], -2, -2]
+
+
+def weights(block):
+    """Each query's weights by neighbour, padding left out."""
+    return [
+        {id: weight for id, weight in zip(*row, strict=True) if id}
+        for row in zip(block.ids.tolist(), block.weights.tolist(), strict=True)
+    ]
+
+
+def test_weights_stay_with_their_neighbours():
+    block = make_block(weighted=True)
+    assert make_block().first(3).weights is None and make_block().without({"m1"}).weights is None
+    excluded = {f"m{i}" for i in range(0, 50, 3)}
+    kept = [{id: w for id, w in row.items() if id not in excluded} for row in weights(block)]
+    assert weights(block.without(excluded)) == kept
+    assert weights(block.take(np.array([4, 2]))) == [weights(block)[4], weights(block)[2]]
+    np.testing.assert_array_equal(block.first(3).weights, block.weights[:, :3])
+    assert weights(block.first(9)) == weights(block)
+    plain = make_block(seed=2, k=3)
+    both = Neighbors.concatenate([block, plain])
+    assert both.weights.dtype == np.float32 and both.weights.shape == both.ids.shape
+    assert weights(both)[:20] == weights(block)
+    assert all(set(row.values()) <= {1.0} for row in weights(both)[20:])
 
 
 def test_is_correct():

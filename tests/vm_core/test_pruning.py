@@ -2,16 +2,28 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from vm_core import plugins
 from vm_core.errors import VisualMemoryError
 from vm_core.neighbors import Neighbors, read_json
 from vm_core.pruning import (
+    SCORES_SCHEMA,
     LeaveOneOutCounts,
+    PruneConfig,
+    hard,
     hard_excluded,
     multipliers,
+    read_scores,
+    scores_of,
+    soft,
     soft_weights,
     without_self,
+    worst_share,
 )
 from vm_core.records import strings
 
@@ -66,3 +78,126 @@ def test_multipliers_are_1_for_items_never_counted():
 def test_threshold_must_count():
     with pytest.raises(VisualMemoryError, match="threshold 0 would remove every item. Use 1"):
         hard_excluded(LeaveOneOutCounts(), 0)
+
+
+def scores(values):
+    return pa.table([list(values), list(values.values())], schema=SCORES_SCHEMA)
+
+
+def items(weights):
+    return dict(zip(weights["id"].to_pylist(), weights["weight"].to_pylist(), strict=True))
+
+
+@pytest.mark.parametrize("name", ["small", "wide"])
+def test_weights_from_golden_scores(name):
+    expected = json.loads((GOLDEN / f"{name}_expected.json").read_text())
+    removed = hard(scores(expected["wrong_at_max"]), expected["hard_threshold"])
+    assert sorted(items(removed)) == expected["excluded"] and not any(items(removed).values())
+    counts = expected["wrong_at_10"] | {"never counted": 0}
+    assert items(soft(scores(counts))) == pytest.approx(expected["soft_weights"])
+
+
+@settings(deadline=None, max_examples=60, derandomize=True)
+@given(
+    values=st.dictionaries(st.text(), st.integers(-2, 2), max_size=30),
+    share=st.floats(0, 1, exclude_min=True, exclude_max=True),
+    highest=st.booleans(),
+)
+def test_a_share_is_exact_and_ties_go_by_id(values, share, highest):
+    ranked = sorted(values, key=lambda id: (-values[id] if highest else values[id], id))
+    expected = ranked[: round(share * len(values))]
+    assert items(worst_share(scores(values), share, highest)) == dict.fromkeys(expected, 0.0)
+    threshold = {id for id, value in values.items() if (value >= 1 if highest else value <= 1)}
+    assert items(hard(scores(values), 1, highest)) == dict.fromkeys(threshold, 0.0)
+
+
+def test_what_cannot_be_weighed():
+    with pytest.raises(VisualMemoryError, match="share 1 of the items .*between 0 and 1"):
+        worst_share(scores({"a": 1}), 1)
+    with pytest.raises(VisualMemoryError, match="needs counts, and item 'b' has -0.5"):
+        soft(scores({"a": 1, "b": -0.5}))
+
+
+def test_scores_of_tables():
+    tables = [
+        pa.table({"id": ["a", "b"], "label": [1, 2], "shapley": [0.5, None]}),
+        pa.table({"id": ["c"], "label": [1], "shapley": [-1.0]}),
+    ]
+    assert scores_of(tables, "shapley").equals(scores({"a": 0.5, "c": -1.0}))
+    assert scores_of([], "shapley").schema == SCORES_SCHEMA
+
+
+def test_scores_from_files(tmp_path):
+    expected = scores({"0012": 3.0, "a, b": -0.5, "NA": 1e-9})
+    text = 'note,quality,id\nx,3,0012\ny,-0.5,"a, b"\nz,1e-9,NA\n'
+    (tmp_path / "scores.csv").write_text(text)
+    assert read_scores(str(tmp_path / "scores.csv"), "quality").equals(expected)
+    pq.write_table(expected, tmp_path / "scores.parquet")
+    assert read_scores(str(tmp_path / "scores.parquet"), "score").equals(expected)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("id,other\na,1\n", "0 columns 'score', not one; their columns are id, other. Name"),
+        ("name,score\na,1\n", "0 columns 'id', not one"),
+        ("id,score,score\na,1,2\n", "2 columns 'score', not one"),
+        ("id,score\na,good\n", "holds string, not numbers. Choose another"),
+        ("id,score\na,1\nb,nan\n", "1 rows .* no number in 'score' .* item 'b'"),
+        ("id,score\na,1\nb,\nc,\n", "2 rows .* no number in 'score' .* item 'b'"),
+        ("id,score\na,1\nb,1\na,2\n", "1 ids come more than once .* such as 'a'"),
+        ("id,score\na,1,7\n", "cannot be read: .*Give a Parquet file"),
+        ("", "cannot be read: .*line of column names"),
+    ],
+)
+def test_unusable_scores(tmp_path, text, message):
+    path = tmp_path / "scores.csv"
+    path.write_text(text)
+    with pytest.raises(VisualMemoryError, match=f"scores '{path}' .*{message}|{message}"):
+        read_scores(str(path), "score")
+
+
+def test_no_scores(tmp_path):
+    with pytest.raises(VisualMemoryError, match="do not exist. Give a CSV or Parquet file"):
+        read_scores(str(tmp_path / "scores.csv"), "score")
+
+
+def config(**given):
+    return plugins.validate(PruneConfig, {"memory": "m", **given}, "options")
+
+
+def test_the_papers_settings_are_the_defaults():
+    of_hard, of_soft = config(method="hard"), config(method="soft")
+    assert (of_hard.column, of_hard.limit, of_hard.highest) == ("wrong_at_100", 128, True)
+    assert (of_soft.column, of_soft.gamma_scale) == ("wrong_at_10", 1.75)
+    assert config(method="hard", by="shapley", share=0.1).highest is False
+    assert of_hard.leave_one_out_settings == {"ks": (10, 100)}
+    of_30 = config(method="soft", by="wrong_at_30", leave_one_out={"shapley_k": 5})
+    assert of_30.leave_one_out_settings == {"ks": (10, 30, 100), "shapley_k": 5}
+    of_5 = config(method="soft", leave_one_out={"ks": [5]})
+    assert of_5.leave_one_out_settings == {"ks": (5, 10)}
+    assert config(method="hard", scores="f.csv", threshold=2).highest is True
+    assert config(method="hard", scores="f.csv", threshold=2, lowest=True).highest is False
+    assert items(of_hard.weights(scores({"a": 127, "b": 128}))) == {"b": 0}
+    assert items(of_soft.weights(scores({"a": 0, "b": 6}))) == {"b": 0.25}
+    assert items(config(method="hard", share=0.5).weights(scores({"a": 1, "b": 0}))) == {"a": 0}
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"method": "hard", "by": "shapley"}, "threshold or a share to prune by shapley"),
+        ({"method": "hard", "scores": "f.csv"}, "threshold or a share to prune by f.csv"),
+        ({"method": "hard", "threshold": 3, "share": 0.1}, "not both"),
+        ({"method": "hard", "by": "wrong", "share": 0.1}, "by must be wrong_at_K, correct"),
+        ({"method": "hard", "by": "shapley", "scores": "f.csv", "share": 0.1}, "by and scores"),
+        ({"method": "soft", "share": 0.1}, "soft removes nothing"),
+        ({"method": "soft", "by": "shapley"}, "needs wrong counts"),
+        ({"method": "hard", "lowest": True}, "lowest is for the scores of a file"),
+        ({"method": "hard", "share": 1.0}, "less than 1"),
+        ({"method": "hard", "threshold": float("nan")}, "finite"),
+    ],
+)
+def test_settings_that_contradict(given, message):
+    with pytest.raises(VisualMemoryError, match=message):
+        config(**given)

@@ -3,15 +3,15 @@
 import dataclasses
 
 import numpy as np
-import pytest
+import pyarrow as pa
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vm_core.index import Partition
 from vm_core.index.exact import top_k
 from vm_core.neighbors import Neighbors
+from vm_core.partitions import Members, Partition
 from vm_core.records import PADDING, EmbeddingBlock, strings
-from vm_core.search import find_neighbors, merge
+from vm_core.search import PartitionCache, Router, Searcher, merge
 
 
 def block(seed: int, rows: int, copies: bool = False) -> EmbeddingBlock:
@@ -29,7 +29,20 @@ def block(seed: int, rows: int, copies: bool = False) -> EmbeddingBlock:
 
 
 def partition(rows: EmbeddingBlock) -> Partition:
-    return Partition(rows.ids, rows.labels, lambda queries, k: top_k(queries, rows.vectors, k))
+    members = Members(
+        np.arange(len(rows)),
+        pa.array(rows.ids, pa.string()),
+        rows.labels,
+        np.ones(len(rows), bool),
+        rows.vectors,
+    )
+    return Partition(members, lambda queries, k: top_k(queries, rows.vectors, k))
+
+
+def find_neighbors(parts, queries, k, exclude_self=False):
+    """Every query visits every partition."""
+    router = Router(None, (0,) * len(parts), 1)
+    return Searcher(router, parts.__getitem__)(queries, k, exclude_self)
 
 
 def assert_equal(left: Neighbors, right: Neighbors) -> None:
@@ -121,11 +134,32 @@ def test_a_partition_without_rows_and_no_partition():
         find_neighbors([partition(memory)], memory, 2),
     )
     assert (find_neighbors([empty], memory, 2).labels == PADDING).all()
-    with pytest.raises(ValueError, match="no partitions"):
-        find_neighbors([], memory, 2)
+    assert (find_neighbors([], memory, 2).labels == PADDING).all()
 
 
 def test_no_queries():
     memory = block(3, 4)
     found = find_neighbors([partition(memory)] * 2, memory.take(np.arange(0)), 2)
     assert found.ids.shape == (0, 2)
+
+
+def test_the_cache_keeps_the_latest_within_its_bytes():
+    opened: list[int] = []
+
+    def open_one(number):
+        opened.append(number)
+        return partition(block(number, 2))
+
+    cache = PartitionCache(open_one, [4, 4, 4, 99], limit=8)
+    for number in (0, 1, 0, 2, 0, 1, 3, 3, 0):
+        assert len(cache(number).members) == 2
+    assert opened == [0, 1, 2, 1, 3, 0]
+
+
+def test_a_query_visits_the_cells_nearest_to_it():
+    centroids = np.eye(6, dtype=np.float32)[:4]
+    router = Router(centroids, (0, 2, 2, 3), 2)  # cell 1 is empty, cell 2 has two partitions
+    queries = np.array([[0.9, 0.4, 0, 0, 0, 0], [0, 0.1, 0.8, 0.6, 0, 0]], np.float32)
+    np.testing.assert_array_equal(router.route(queries), [[0, 1], [2, 3]])
+    visits = {number: places.tolist() for number, places in router.visits(queries)}
+    assert visits == {0: [0], 1: [1], 2: [1], 3: [1]}

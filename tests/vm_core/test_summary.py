@@ -10,6 +10,7 @@ from rich.console import Console
 from vm_core import summary
 from vm_core.classes import ClassTable
 from vm_core.gallery import Example
+from vm_core.recall import ClassRecall, Recall
 
 
 def shown(renderable: Any) -> str:
@@ -33,8 +34,17 @@ def memory():
         content_digest="d" * 64,
         shards=[1, 2],
         partitions=[
-            SimpleNamespace(index=SimpleNamespace(kind="scann"), count=1_200, recall={10: 0.98765})
+            SimpleNamespace(index=SimpleNamespace(kind=kind), count=count)
+            for kind, count in (("scann", 1_100), ("exact", 100))
         ],
+        probes=2,
+        recall=Recall(
+            queries=9,
+            at={10: 0.98765},
+            worst_class=ClassRecall(labels=[1], queries=5, recall=0.5),
+            new_classes=None,
+            by_probes={},
+        ),
         total=counts.__getitem__,
         class_counts=lambda: {0: 700, 1: 400, 2: 100},
         source_counts=lambda: {"[/i]flowers": 1_200},
@@ -48,7 +58,9 @@ def memory():
 def test_of_memory(memory):
     text = shown(summary.of_memory(memory, classes=2))
     assert "1,234 read = 1,200 embedded + 30 quarantined + 4 duplicates" in text
-    assert "scann, 1,200 rows, recall @10 0.988" in text and "5.0 GB" in text
+    assert "scann, exact; 2 partitions of 100 to 1,100 rows, 2 visited by a query" in text
+    assert "recall on 9 held-out queries @10 0.988, worst class @10 0.500" in " ".join(text.split())
+    assert "5.0 GB" in text
     for name in ("[red]roses", "[/bold]", "[/i]flowers", "[/i] damaged", "[/x]memory", "[/]model"):
         assert name in text
     assert "(1 more classes)" in text and "iris" not in text
@@ -70,7 +82,7 @@ def test_of_answer(memory):
 def test_of_evaluation():
     results = {
         "memory": {"path": "/m", "version": "000001"},
-        "queries": {"test": 1_000, "tuning": 0, "quarantined": 3},
+        "queries": {"test": 1_000, "tuning": 0, "quarantined": 3, "leaks": 7},
         "test": {"accuracy_at_k": {"rank": [0.5, 0.625], "plurality": [None, None]}},
         "fixed_k": [1, 2],
         "chosen_k": None,

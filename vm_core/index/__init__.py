@@ -1,35 +1,24 @@
-"""Indexes over the rows of one partition, one module a kind: exact, scann, auto.
+"""Indexes over the vectors of one partition, one module a kind: exact, scann, auto.
 
-An index is derived from embedding shards and can always be made again from them. A
-partition is a folder with ``partition.json`` (kind, parameters, counts, checksums) and
-whatever files the kind needs.
+An index is derived from a partition's vectors and can always be made again from them.
+It knows rows by their position; ids and labels are kept beside it (vm_core.partitions).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
-from vm_core import plugins, storage
-from vm_core.records import EmbeddingBlock
-from vm_core.shards import read_shard
+from vm_core import plugins
 
 TopK = Callable[[np.ndarray, int], tuple[np.ndarray, np.ndarray]]
 """(Q, D) float32 unit queries and k to rows (Q, k) int64 and distances (Q, k) float32.
 
-Distances are cosine distances in [0, 2], ascending, ties by id. Where there are fewer
+Distances are cosine distances in [0, 2], ascending, ties by row. Where there are fewer
 than k rows the rest is row -1 at distance +inf.
 """
-
-
-class Partition(NamedTuple):
-    """An opened partition. ids: (N,) object of str; labels: (N,) int64; search: over rows."""
-
-    ids: np.ndarray
-    labels: np.ndarray
-    search: TopK
 
 
 class Index(plugins.Settings):
@@ -41,27 +30,18 @@ class Index(plugins.Settings):
         """The index to build for a partition of so many rows."""
         return self
 
-    def build(self, read: Callable[[], EmbeddingBlock], folder: str) -> None:
-        """Writes an index into a local folder; ``read`` gives the partition's rows."""
+    def build(self, vectors: np.ndarray, folder: str) -> None:
+        """Writes an index over (N, D) unit vectors into a local folder.
+
+        The vectors are float32, float16 or bfloat16, often mapped from a file.
+        """
         raise NotImplementedError
 
-    def open(self, shards: Sequence[str], folder: str) -> Partition:
-        """Opens what ``build`` wrote. ``shards``: the paths of the partition's shards."""
+    def open(self, vectors: np.ndarray, folder: str) -> TopK:
+        """Opens what ``build`` wrote for these vectors. The folder may be gone afterwards."""
         raise NotImplementedError
 
 
 def parse(settings: Any) -> Index:
     """The index that settings describe. Raises VisualMemoryError."""
     return plugins.configure(__name__, settings, Index)
-
-
-def read_rows(shards: Sequence[str]) -> EmbeddingBlock:
-    """All rows of some embedding shards, in the order of their ids."""
-    block = EmbeddingBlock.concatenate([read_shard(path) for path in shards])
-    return block.take(np.argsort(block.ids, kind="stable"))
-
-
-def checksums(folder: str) -> dict[str, str]:
-    """SHA-256 of every file below a folder, by relative path."""
-    files = storage.walk(folder)
-    return {file.path[len(folder) + 1 :]: storage.sha256_file(file.path) for file in files}

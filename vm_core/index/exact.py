@@ -1,110 +1,463 @@
-"""Exact search: the oracle that every other index is measured against."""
+"""Exact search: the oracle that every other index is measured against.
+
+A search is a matrix product and little else. It runs at the speed of the product because
+each thread owns its queries and a BLAS of one thread, looks at a block of products while
+it is in the cache, and keeps only those over its query's threshold.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Literal
+import glob
+import math
+import os
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from functools import cache, partial
+from itertools import pairwise
+from typing import Any, Generic, Literal, TypeVar
 
 import numpy as np
+from threadpoolctl import ThreadpoolController
 
-from vm_core.index import Index, Partition, read_rows
-from vm_core.records import EmbeddingBlock
+from vm_core.errors import VisualMemoryError
+from vm_core.index import Index, TopK
 
-_QUERY_ROWS = 256
-_BASE_ROWS = 16_384
-_SLACK = 28
+Backend = Literal["numpy", "tensorflow"]
+
+_SLACK = 12
+_QUERIES = 1024  # of a block: enough for a product at full speed
+_FEW_QUERIES = 64  # for one thread; with fewer the rows are shared out instead
+_PRODUCTS = 2**20  # of a block: 4 MB
+_VALUES = 2**22  # of a block of rows (16 MB), and of what is kept for a block of queries
+_PAIRS = 2**17  # values compared at a time in float64: 1 MB, which stays in the cache
+_SMALL = 2**25  # multiplications that are not worth starting threads for
+_DEVICE_QUERIES = 2**14  # of a block on a device, so that its rows are seldom sent again
+_DEVICE_VALUES = 2**26  # of products, and of vectors, on a device: 256 MB each
 
 
 class Plugin(Index):
-    """Reads the embedding shards themselves; it has no files of its own."""
+    """Searches the vectors themselves; it has no files of its own.
+
+    backend: what computes the products. Answers are the same to the last bit. auto takes
+    TensorFlow where it has a GPU, and NumPy elsewhere.
+    """
 
     kind: Literal["exact"] = "exact"
+    backend: Literal["auto", "numpy", "tensorflow"] = "auto"
 
-    def build(self, read: Callable[[], EmbeddingBlock], folder: str) -> None:
+    def build(self, vectors: np.ndarray, folder: str) -> None:
         pass
 
-    def open(self, shards: Sequence[str], folder: str) -> Partition:
-        block = read_rows(shards)
-        vectors = block.vectors
-        return Partition(block.ids, block.labels, lambda queries, k: top_k(queries, vectors, k))
+    def open(self, vectors: np.ndarray, folder: str) -> TopK:
+        backend = _fastest() if self.backend == "auto" else self.backend
+        if backend == "tensorflow":
+            _tensorflow()  # reports now that it is missing
+        return lambda queries, k: top_k(queries, vectors, k, backend)
 
 
-def top_k(queries: np.ndarray, vectors: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+def top_k(
+    queries: np.ndarray, vectors: np.ndarray, k: int, backend: Backend = "numpy"
+) -> tuple[np.ndarray, np.ndarray]:
     """The k nearest rows of each query by cosine distance.
 
-    queries: (Q, D) and vectors: (N, D), float32, unit length. Returns rows (Q, k) int64
-    and distances (Q, k) float32 in [0, 2], ascending, ties broken by the lower row;
-    -1 and +inf where N < k.
+    queries: (Q, D) float32 and vectors: (N, D) float32, float16 or bfloat16, possibly
+    mapped from a file; unit length. Returns rows (Q, k) int64 and distances (Q, k) float32
+    in [0, 2], ascending, ties broken by the lower row; -1 and +inf where N < k.
 
     The answer depends on the query and the rows alone, to the last bit, not on what is
-    searched beside them: a matrix product, whose rounding changes with its shape, only
-    picks candidates, with some to spare; their distances are then computed one dot
+    searched beside them or where: a matrix product, whose rounding changes with its shape,
+    only picks candidates, with some to spare; their distances are then computed one dot
     product at a time in float64. Where the spare candidates might not suffice, as among
-    thousands of identical images, the query is compared with every row that way.
+    thousands of identical images, every row that could belong to them is compared so.
+
+    Uses as many threads as BLAS would, and some 100 MB for each. While it runs, BLAS has
+    one thread, in the whole process. Raises VisualMemoryError if the backend is missing
+    or its products are less precise than float32.
     """
     rows = np.full((len(queries), k), -1, np.int64)
     distances = np.full((len(queries), k), np.inf, np.float32)
     found = min(k, len(vectors))
-    if found == 0:
-        return rows, distances
-    # The rounding error of a float32 dot product of unit vectors grows with the square
-    # root of its length (Higham & Mary 2019); four times that is out of its reach.
-    tolerance = 4 * np.sqrt(vectors.shape[1]) * 2.0**-24
-    for start in range(0, len(queries), _QUERY_ROWS):
-        part = queries[start : start + _QUERY_ROWS]
-        candidates, lowest = _candidates(part, vectors, min(found + _SLACK, len(vectors)))
-        for i, query in enumerate(part):
-            chosen, exact = _rank(query, vectors, np.sort(candidates[i]), found)
-            worst = 1.0 - float(exact[-1])
-            if len(vectors) > candidates.shape[1] and lowest[i] > worst - tolerance:
-                chosen, exact = _rank(query, vectors, np.arange(len(vectors)), found)
-            rows[start + i, :found] = chosen
-            distances[start + i, :found] = exact
+    if found and len(queries):
+        vectors = np.asarray(vectors)  # of a np.memmap, whose slices are slow to make
+        search = _Search(queries, vectors, found, rows[:, :found], distances[:, :found])
+        if backend == "tensorflow":
+            search.on_device()
+        elif len(queries) * vectors.size < _SMALL:
+            search.alone()
+        else:
+            search.in_threads()
     return rows, distances
 
 
-def _rank(
-    query: np.ndarray, vectors: np.ndarray, candidates: np.ndarray, k: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """The k nearest of some candidate rows (ascending), with distances as float32."""
-    # vecdot runs one dot product a pair, so a pair's result does not know its neighbours.
-    products = np.vecdot(query.astype(np.float64), vectors[candidates].astype(np.float64))
-    distances = np.maximum(1.0 - products, 0.0).astype(np.float32)
-    order = np.argsort(distances, kind="stable")[:k]
-    return candidates[order], distances[order]
+@dataclass(frozen=True, eq=False)
+class _Search:
+    """One search, and the ways to run it. rows and distances (Q, k) are filled in."""
+
+    queries: np.ndarray
+    vectors: np.ndarray
+    k: int
+    rows: np.ndarray
+    distances: np.ndarray
+
+    @property
+    def count(self) -> int:
+        """How many candidates are kept for each query."""
+        return min(self.k + _SLACK, len(self.vectors))
+
+    def alone(self) -> None:
+        for part in _slices(0, len(self.queries), self._block()):
+            self._part(part)
+
+    def in_threads(self) -> None:
+        with _threads() as (pool, threads):
+            if len(self.queries) < threads * _FEW_QUERIES and threads > 1:
+                spans = _shares(len(self.vectors), threads)
+                for part in _slices(0, len(self.queries), self._block()):
+                    some = partial(_candidates, self.queries[part], self.vectors, self.count)
+                    found = list(pool.map(some, spans))
+                    rows = np.concatenate([rows for rows, _ in found], axis=1)
+                    products = np.concatenate([products for _, products in found], axis=1)
+                    rows, products = _highest(rows, products, self.count)
+                    self._rank_in(pool, threads, part, rows, products)
+            else:
+                rounds = -(-len(self.queries) // (threads * self._block()))
+                list(pool.map(self._part, _shares(len(self.queries), threads * rounds)))
+
+    def on_device(self) -> None:
+        with _threads() as (pool, threads):
+            size = max(1, min(_DEVICE_QUERIES, _VALUES // self.count))
+            for part in _slices(0, len(self.queries), size):
+                rows, products = _device_candidates(self.queries[part], self.vectors, self.count)
+                self._rank_in(pool, threads, part, rows, products)
+                _check_precision(products, self.distances[part], self.vectors.shape[1])
+
+    def _block(self) -> int:
+        """How many queries to search at a time."""
+        return max(1, min(_QUERIES, _VALUES // _capacity(self.count)))
+
+    def _part(self, part: slice) -> None:
+        everything = slice(0, len(self.vectors))
+        self._rank(part, *_candidates(self.queries[part], self.vectors, self.count, everything))
+
+    def _rank(self, part: slice, rows: np.ndarray, products: np.ndarray) -> None:
+        self.rows[part], self.distances[part] = _rank(
+            self.queries[part], self.vectors, rows, products, self.k
+        )
+
+    def _rank_in(
+        self, pool: Executor, threads: int, part: slice, rows: np.ndarray, products: np.ndarray
+    ) -> None:
+        shares = _shares(len(rows), threads)
+        parts = [slice(part.start + one.start, part.start + one.stop) for one in shares]
+        some = [rows[one] for one in shares], [products[one] for one in shares]
+        list(pool.map(self._rank, parts, *some))
+
+
+@contextmanager
+def _threads() -> Iterator[tuple[Executor, int]]:
+    with _blas_of_one_thread as threads, ThreadPoolExecutor(threads) as pool:
+        yield pool, threads
+
+
+def _slices(start: int, stop: int, size: int) -> list[slice]:
+    return [slice(a, b) for a, b in pairwise([*range(start, stop, size), stop])]
+
+
+def _shares(length: int, number: int) -> list[slice]:
+    """Slices as equal as can be; fewer than asked for where there is less to share."""
+    edges = sorted({length * i // number for i in range(number + 1)})
+    return [slice(a, b) for a, b in pairwise(edges)]
+
+
+def _products(
+    queries: np.ndarray, vectors: np.ndarray, span: slice
+) -> Iterator[tuple[int, np.ndarray]]:
+    """Blocks of float32 products (Q, rows) and their first row; valid until the next one."""
+    size = max(min(_PRODUCTS // len(queries), _VALUES // vectors.shape[1]), 1)
+    products = np.empty(len(queries) * size, np.float32)
+    for part in _slices(span.start, span.stop, size):
+        block = _float32(vectors[part])
+        out = products[: len(queries) * len(block)].reshape(len(queries), len(block))
+        yield part.start, np.matmul(queries, block.T, out=out)
+
+
+def _float32(block: np.ndarray) -> np.ndarray:
+    if block.dtype != np.float16:
+        return np.ascontiguousarray(block, np.float32)
+    # Three times as fast as NumPy, for finite numbers: shift exponent and fraction to where
+    # float32 has them, drop the copies of the sign, make up for the exponents' other zero.
+    bits = np.left_shift(block.view(np.int16), np.int32(13), dtype=np.int32, order="C")
+    bits &= np.int32(-0x70002000)
+    wide = bits.view(np.float32)
+    wide *= np.float32(2.0**112)
+    return wide
 
 
 def _candidates(
+    queries: np.ndarray, vectors: np.ndarray, count: int, span: slice
+) -> tuple[np.ndarray, np.ndarray]:
+    """Rows (Q, count) of the highest products, unordered, and the products float32."""
+    best = _Best(len(queries), min(count, span.stop - span.start))
+    for start, products in _products(queries, vectors, span):
+        best.add(products, start)
+    return best.highest()
+
+
+def _capacity(count: int) -> int:
+    return count + max(count, 256)
+
+
+class _Best:
+    """The ``count`` highest products of each query so far, unordered, and some more.
+
+    Products come in by the block. Those over a query's threshold are appended while there
+    is room; only then the query is cut to ``count`` and its threshold raised. So each
+    product is looked at once, and few more than that.
+    """
+
+    def __init__(self, queries: int, count: int):
+        self._count = count
+        self._products = np.full((queries, _capacity(count)), -np.inf, np.float32)
+        self._rows = np.zeros(self._products.shape, np.int64)
+        self._filled = np.zeros(queries, np.int64)
+        self._thresholds = np.full(queries, -np.inf, np.float32)
+        self._above = np.empty(0, bool)
+
+    def add(self, products: np.ndarray, start: int) -> None:
+        """Takes in the products (Q, W) of the W rows from ``start`` on."""
+        if self._above.size < products.size:
+            self._above = np.empty(products.size, bool)
+        above = self._above[: products.size].reshape(products.shape)
+        np.greater(products, self._thresholds[:, None], out=above)
+        place = np.flatnonzero(above)
+        query = place // products.shape[1]
+        column = place - query * products.shape[1]  # three times as fast as divmod
+        hits = np.bincount(query, minlength=len(products))
+        full = self._filled + hits > self._products.shape[1]
+        if full.any():
+            self._cut(np.flatnonzero(full), products, start)
+            fits = ~full[query]
+            query, column = query[fits], column[fits]
+            hits[full] = 0
+        place = np.arange(len(query)) + np.repeat(self._filled + hits - np.cumsum(hits), hits)
+        self._products[query, place] = products[query, column]
+        self._rows[query, place] = start + column
+        self._filled += hits
+
+    def _cut(self, queries: np.ndarray, products: np.ndarray, start: int) -> None:
+        """Keeps the ``count`` highest of what there is and of new products."""
+        room = self._products.shape[1]
+        both = np.concatenate([self._products[queries], products[queries]], axis=1)
+        spare = both.shape[1] - self._count
+        keep = np.argpartition(both, spare, axis=1)[:, spare:]
+        kept = np.take_along_axis(both, keep, axis=1)
+        old = self._rows[queries[:, None], np.minimum(keep, room - 1)]
+        self._rows[queries, : self._count] = np.where(keep < room, old, start + keep - room)
+        self._products[queries, : self._count] = kept
+        self._products[queries, self._count :] = -np.inf
+        self._filled[queries] = self._count
+        self._thresholds[queries] = kept.min(axis=1)
+
+    def highest(self) -> tuple[np.ndarray, np.ndarray]:
+        """Rows (Q, count) and products."""
+        return _highest(self._rows, self._products, self._count)
+
+
+def _highest(rows: np.ndarray, products: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Of (Q, more) rows and products the (Q, count) highest, unordered."""
+    spare = products.shape[1] - count
+    if spare == 0:
+        return rows, products
+    keep = np.argpartition(products, spare, axis=1)[:, spare:]
+    return np.take_along_axis(rows, keep, axis=1), np.take_along_axis(products, keep, axis=1)
+
+
+def _rank(
+    queries: np.ndarray, vectors: np.ndarray, candidates: np.ndarray, products: np.ndarray, k: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """The k nearest rows (Q, k) and their distances, from candidates (Q, count >= k).
+
+    products: (Q, count) float32 of the candidates; no row beside them has a higher one.
+    """
+    tolerance = _tolerance(vectors.shape[1])
+    # Every row whose distance could be among the k nearest, and rarely one more.
+    order = np.argsort(-products, axis=1)
+    products = np.take_along_axis(products, order, axis=1)
+    kth = products[:, k - 1].astype(np.float64)
+    needed = max(k, (products >= (kth - 2 * tolerance)[:, None]).sum(axis=1).max())
+    some = np.sort(np.take_along_axis(candidates, order[:, :needed], axis=1), axis=1)
+    rows, nearest = _nearest(some, _distances(queries, vectors, some), k)
+    if candidates.shape[1] < len(vectors):
+        bounds = 1.0 - nearest[:, -1].astype(np.float64) - tolerance
+        (unsure,) = np.nonzero(products[:, -1] > bounds)
+        if len(unsure):
+            rows[unsure], nearest[unsure] = _rank_all(queries[unsure], vectors, bounds[unsure], k)
+    return rows, nearest
+
+
+def _tolerance(dimension: int) -> float:
+    """What a float32 dot product of unit vectors is never off by.
+
+    Its rounding error grows with the square root of the length (Higham & Mary 2019); four
+    times that is out of its reach.
+    """
+    return 4 * math.sqrt(dimension) * 2.0**-24
+
+
+def _rank_all(
+    queries: np.ndarray, vectors: np.ndarray, bounds: np.ndarray, k: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """The k nearest of all rows whose product reaches the query's bound (at least k)."""
+    rows = [np.empty((1, 0), np.int64) for _ in queries]
+    distances = [np.empty((1, 0), np.float32) for _ in queries]
+    for start, products in _products(queries, vectors, slice(0, len(vectors))):
+        for i in range(len(queries)):
+            reached = start + np.flatnonzero(products[i] >= bounds[i])[None]
+            if reached.size:
+                more = _distances(queries[i : i + 1], vectors, reached)
+                rows[i], distances[i] = _nearest(
+                    np.concatenate([rows[i], reached], axis=1),
+                    np.concatenate([distances[i], more], axis=1),
+                    k,
+                )
+    return np.concatenate(rows), np.concatenate(distances)
+
+
+def _distances(queries: np.ndarray, vectors: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """Distances (Q, R) float32 of each query to its rows (Q, R), computed in float64."""
+    products = np.empty(rows.shape)
+    dimension = vectors.shape[1]
+    width = min(rows.shape[1], max(1, _PAIRS // dimension))
+    height = min(len(rows), max(1, _PAIRS // (width * dimension)))
+    compared = np.empty((height, width, dimension))
+    wide = queries.astype(np.float64)[:, None]
+    for some in _slices(0, len(rows), height):
+        for columns in _slices(0, rows.shape[1], width):
+            chosen = rows[some, columns]
+            out = compared[: chosen.shape[0], : chosen.shape[1]]
+            out[...] = vectors[chosen]
+            # vecdot runs one dot product a pair, so a pair's result does not know its
+            # neighbours.
+            np.vecdot(wide[some], out, out=products[some, columns])
+    return np.maximum(1.0 - products, 0.0).astype(np.float32)
+
+
+def _nearest(rows: np.ndarray, distances: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """The k nearest of (Q, R) rows, which are in ascending order where they tie."""
+    order = np.argsort(distances, axis=1, kind="stable")[:, :k]
+    return np.take_along_axis(rows, order, axis=1), np.take_along_axis(distances, order, axis=1)
+
+
+def _device_candidates(
     queries: np.ndarray, vectors: np.ndarray, count: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Rows (Q, count) of the highest products, unordered, and the lowest product kept (Q,)."""
-    best = np.full((len(queries), count), -np.inf, np.float32)
-    rows = np.zeros((len(queries), count), np.int64)
-    for start in range(0, len(vectors), _BASE_ROWS):
-        products = queries @ vectors[start : start + _BASE_ROWS].T
-        new, new_rows = _above(products, best.min(axis=1), count)
-        best = np.concatenate([best, new], axis=1)
-        rows = np.concatenate([rows, new_rows + start], axis=1)
-        keep = np.argpartition(-best, count - 1, axis=1)[:, :count]
-        best = np.take_along_axis(best, keep, axis=1)
-        rows = np.take_along_axis(rows, keep, axis=1)
-    return rows, best.min(axis=1)
+    """What ``_candidates`` returns, from whatever device TensorFlow computes on."""
+    tf = _tensorflow()
+    size = max(1, min(_DEVICE_VALUES // len(queries), _DEVICE_VALUES // vectors.shape[1]))
+    with _full_precision:
+        wanted = tf.constant(queries)
+        products = tf.zeros((len(queries), 0), tf.float32)
+        rows = tf.zeros((len(queries), 0), tf.int64)
+        for part in _slices(0, len(vectors), size):
+            block = tf.cast(tf.constant(vectors[part]), tf.float32)
+            every = tf.matmul(wanted, block, transpose_b=True)
+            new, columns = tf.math.top_k(every, min(count, len(block)), sorted=False)
+            products = tf.concat([products, new], 1)
+            rows = tf.concat([rows, tf.cast(columns, tf.int64) + part.start], 1)
+            products, kept = tf.math.top_k(products, min(count, part.stop), sorted=False)
+            rows = tf.gather(rows, kept, batch_dims=1)
+        return rows.numpy(), products.numpy()
 
 
-def _above(
-    products: np.ndarray, thresholds: np.ndarray, count: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """The products over each query's threshold, packed to the left, and their columns."""
-    above = products > thresholds[:, None]
-    hits = above.sum(axis=1)
-    width = int(hits.max())
-    if width > count:
-        columns = np.argpartition(-products, count - 1, axis=1)[:, :count]
-        return np.take_along_axis(products, columns, axis=1), columns
-    which, column = np.nonzero(above)
-    place = np.arange(len(which)) - np.repeat(np.cumsum(hits) - hits, hits)
-    packed = np.full((len(products), width), -np.inf, np.float32)
-    columns = np.zeros((len(products), width), np.int64)
-    packed[which, place] = products[which, column]
-    columns[which, place] = column
-    return packed, columns
+def _check_precision(products: np.ndarray, distances: np.ndarray, dimension: int) -> None:
+    """Raises if candidates' products (Q, count) are further from the truth than float32's.
+
+    If each product is at most so far off, then so is the n-th highest of each query.
+    """
+    nearest = -np.sort(-products, axis=1)[:, : distances.shape[1]]
+    error = np.abs(np.maximum(1.0 - nearest.astype(np.float64), 0.0) - distances).max()
+    if not error <= _tolerance(dimension):
+        raise VisualMemoryError(
+            f"index (exact): TensorFlow's products are off by {error:.1e}, where float32 allows "
+            f"{_tolerance(dimension):.1e}: its device computes with less. Write backend: numpy"
+        )
+
+
+def _tensorflow() -> Any:
+    try:
+        import tensorflow
+    except ImportError as error:
+        raise VisualMemoryError(
+            f"index (exact): backend 'tensorflow' cannot be used: {error}. "
+            "Install tensorflow or write backend: numpy"
+        ) from None
+    return tensorflow
+
+
+def _fastest() -> Backend:
+    """TensorFlow if it has a GPU. Does not import it on a machine without one."""
+    if "tensorflow" not in sys.modules and not glob.glob("/dev/nvidia[0-9]*"):
+        return "numpy"
+    try:
+        return "tensorflow" if _tensorflow().config.list_physical_devices("GPU") else "numpy"
+    except VisualMemoryError:
+        return "numpy"
+
+
+T = TypeVar("T")
+
+
+class _Shared(Generic[T]):
+    """A setting of the whole process: the first who needs it makes it, the last undoes it."""
+
+    def __init__(self, make: Callable[[], AbstractContextManager[T]]):
+        self._make = make
+        self._lock = threading.Lock()
+        self._users = 0
+
+    def __enter__(self) -> T:
+        with self._lock:
+            if self._users == 0:
+                self._setting = self._make()
+                self._value = self._setting.__enter__()
+            self._users += 1
+            return self._value
+
+    def __exit__(self, *error: object) -> None:
+        with self._lock:
+            self._users -= 1
+            if self._users == 0:
+                self._setting.__exit__(None, None, None)
+
+
+@_Shared
+@contextmanager
+def _blas_of_one_thread() -> Iterator[int]:
+    """Gives the number of threads that BLAS has otherwise."""
+    threads = max((library["num_threads"] for library in _blas().info()), default=os.cpu_count())
+    with _blas().limit(limits=1):
+        yield threads or 1
+
+
+@cache
+def _blas() -> ThreadpoolController:
+    # Made once, as looking through the process's libraries takes a millisecond. NumPy's is
+    # there by now.
+    return ThreadpoolController().select(user_api="blas")
+
+
+@_Shared
+@contextmanager
+def _full_precision() -> Iterator[None]:
+    """Without TF32, which TensorFlow takes for float32 on GPUs, and which has 10 bits."""
+    config = _tensorflow().config.experimental
+    before = config.tensor_float_32_execution_enabled()
+    config.enable_tensor_float_32_execution(False)
+    try:
+        yield
+    finally:
+        config.enable_tensor_float_32_execution(before)

@@ -2,108 +2,220 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
-from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from vm_core import storage
 from vm_core.errors import VisualMemoryError
-from vm_core.index import Index, Partition
-from vm_core.records import EmbeddingBlock, strings
+from vm_core.index import Index, TopK
+from vm_core.index._tuning import Setting, tune
 
-_ROWS_FILE = "rows.parquet"
+ReorderDtype = Literal["float32", "bfloat16", "int8"]
+
 _MINIMUM_ROWS = 1_000
+_BYTES: dict[ReorderDtype, int] = {"float32": 4, "bfloat16": 2, "int8": 1}
+_CODEBOOK_SAMPLE = 20_000
+_LEAF_SAMPLE = 100
+_DEPTH = 100
+_VALUES = 2**20  # of the vectors whose distances are computed at a time: 4 MB
+
+
+class Tuned(NamedTuple):
+    """What a build settled on. recall@100 and milliseconds a query, if they were measured."""
+
+    reorder_dtype: ReorderDtype
+    dimensions_per_block: int
+    leaves_to_search: int
+    reorder: int
+    recall: float | None = None
+    milliseconds: float | None = None
 
 
 class Plugin(Index):
-    """A tree over the rows, anisotropic hashing in its leaves, re-ranking in float32.
+    """A tree over the rows, anisotropic hashing in its leaves, re-ranking.
 
-    Parameters left at 0 follow from the number of rows: leaves about its square root, of
-    which a tenth is searched, but at least 25. ``reorder`` is the number of candidates
-    whose exact distance is computed, at least four times k.
+    leaves: at 0 about the square root of the number of rows.
+    leaves_to_search: at 0 twice the square root of the leaves, at least 25.
+    reorder: how many candidates are re-ranked for up to 100 neighbours; for more of them
+        proportionally more.
+    reorder_dtype: of the copy of the vectors they are re-ranked with. The distances of
+        what is found are exact whatever it is.
+    training_threads: at 0 one a core.
+
+    What is wanted of the index can be given instead of how to get there:
+
+    maximum_bytes: of a partition's index, on disk and about as many in memory. The most
+        precise reorder_dtype that fits is taken, from the given one down, then blocks of
+        more dimensions.
+    target_recall: of the 100 nearest, for held-out queries. The fastest search that
+        reaches it by a standard error is taken.
+    maximum_milliseconds: a query, searched by the batch where the index is built. Beside
+        target_recall it is a limit; alone, the search that finds most within it is taken.
+
+    The last two determine leaves_to_search and reorder.
     """
 
     kind: Literal["scann"] = "scann"
     leaves: int = Field(0, ge=0)
     leaves_to_search: int = Field(0, ge=0)
     reorder: int = Field(400, ge=1)
+    reorder_dtype: ReorderDtype = "float32"
     dimensions_per_block: int = Field(2, ge=1)
     anisotropic_threshold: float = Field(0.2, gt=0, lt=1)
+    training_threads: int = Field(0, ge=0)
+    target_recall: float | None = Field(None, gt=0, le=1)
+    maximum_bytes: int | None = Field(None, gt=0)
+    maximum_milliseconds: float | None = Field(None, gt=0)
 
-    def build(self, read: Callable[[], EmbeddingBlock], folder: str) -> None:
-        block = read()
-        if len(block) < _MINIMUM_ROWS:
+    @model_validator(mode="after")
+    def _given_or_found(self) -> Plugin:
+        if self._tunes and (self.leaves_to_search or self.reorder != 400):
+            raise ValueError(
+                "leaves_to_search and reorder follow from target_recall or maximum_milliseconds. "
+                "Leave out the former or the latter"
+            )
+        return self
+
+    @property
+    def _tunes(self) -> bool:
+        return self.target_recall is not None or self.maximum_milliseconds is not None
+
+    def build(self, vectors: np.ndarray, folder: str) -> None:
+        if len(vectors) < _MINIMUM_ROWS:
             raise VisualMemoryError(
                 f"a ScaNN index needs at least {_MINIMUM_ROWS:,} rows to learn its codebook; the "
-                f"partition has {len(block):,}. Use index.kind = exact or auto"
+                f"partition has {len(vectors):,}. Use index.kind = exact or auto"
             )
-        leaves = self.leaves or round(math.sqrt(len(block)))
-        searcher = (
-            _scann()
-            .builder(block.vectors, 10, "dot_product")
-            .tree(
-                num_leaves=leaves,
-                num_leaves_to_search=self.leaves_to_search or _leaves_to_search(leaves),
-                training_sample_size=min(len(block), 250_000),
+        leaves = self.leaves or round(math.sqrt(len(vectors)))
+        to_search = min(leaves, self.leaves_to_search or _leaves_to_search(leaves))
+        count, dimension = vectors.shape
+        tuned = Tuned(*self._fitting(count, dimension, leaves), to_search, self.reorder)
+        searcher = self._train(vectors, leaves, tuned)
+        if self._tunes:
+
+            def search(setting: Setting) -> TopK:
+                return searching(searcher, vectors, _with(tuned, setting))
+
+            best = tune(search, vectors, leaves, self.target_recall, self.maximum_milliseconds)
+            tuned = _with(tuned, best.setting)._replace(
+                recall=best.recall, milliseconds=best.milliseconds
             )
-            .score_ah(
-                self.dimensions_per_block,
-                anisotropic_quantization_threshold=self.anisotropic_threshold,
-            )
-            .reorder(self.reorder)
-            .build()
-        )
         index = os.path.join(folder, "scann")
         os.mkdir(index)
         searcher.serialize(index, relative_path=True)
-        # ScaNN would keep ids as a pickle; beside the index they are a table.
-        pq.write_table(
-            pa.table({"id": pa.array(block.ids, pa.string()), "label": block.labels}),
-            os.path.join(folder, _ROWS_FILE),
+        with open(os.path.join(folder, "tuned.json"), "w") as file:
+            json.dump(tuned._asdict(), file)
+
+    def open(self, vectors: np.ndarray, folder: str) -> TopK:
+        searcher, tuned = load(folder)
+        return searching(searcher, vectors, tuned)
+
+    def _fitting(self, count: int, dimension: int, leaves: int) -> tuple[ReorderDtype, int]:
+        """The most precise reorder_dtype and dimensions_per_block within maximum_bytes."""
+        dtypes = list(_BYTES)[list(_BYTES).index(self.reorder_dtype) :]
+        for per_block in (self.dimensions_per_block * factor for factor in (1, 2, 4)):
+            for dtype in dtypes:
+                # As ScaNN writes it: of each row the vector, a byte a block and its leaf.
+                row = dimension * _BYTES[dtype] + math.ceil(dimension / per_block) + 4
+                size = count * row + leaves * dimension * 8
+                if self.maximum_bytes is None or size <= self.maximum_bytes:
+                    return dtype, per_block
+        raise VisualMemoryError(
+            f"index.maximum_bytes = {self.maximum_bytes:,}: the smallest ScaNN index of {count:,} "
+            f"rows of {dimension} dimensions takes {size:,} bytes (reorder_dtype={dtype}, "
+            f"dimensions_per_block={per_block}). Allow more, or make smaller partitions"
         )
 
-    def open(self, shards: Sequence[str], folder: str) -> Partition:
-        with storage.local_copy(folder) as local:
-            searcher = _scann().load_searcher(os.path.join(local, "scann"))
-            table = pq.read_table(os.path.join(local, _ROWS_FILE))
-        ids = strings(table.column("id").to_pylist())
-
-        def search(queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-            return _search(searcher, queries, k, max(self.reorder, 4 * k), len(ids))
-
-        return Partition(ids, table.column("label").to_numpy(), search)
+    def _train(self, vectors: np.ndarray, leaves: int, tuned: Tuned) -> Any:
+        scann = _scann()
+        dtype = scann.scann_builder.ReorderType[tuned.reorder_dtype.upper()]
+        # Learning the codebook is most of the work, and more rows do not make it better:
+        # of 100,000 rows a fifth gave the same recall in half the time.
+        codebook_sample = min(len(vectors), _CODEBOOK_SAMPLE)
+        return (
+            scann.builder(np.ascontiguousarray(vectors, np.float32), 10, "dot_product")
+            .set_n_training_threads(self.training_threads or os.cpu_count() or 1)
+            .tree(
+                num_leaves=leaves,
+                num_leaves_to_search=tuned.leaves_to_search,
+                training_sample_size=min(
+                    len(vectors), max(_LEAF_SAMPLE * leaves, _CODEBOOK_SAMPLE)
+                ),
+            )
+            .score_ah(
+                tuned.dimensions_per_block,
+                anisotropic_quantization_threshold=self.anisotropic_threshold,
+                training_sample_size=codebook_sample,
+            )
+            .reorder(tuned.reorder, dtype)
+            .build()
+        )
 
 
 def _leaves_to_search(leaves: int) -> int:
-    # A tenth of few leaves misses much: recall@10 was 0.82 with 6 of 55 leaves over 3,000
-    # CIFAR-10 images, 0.99 with 25.
-    return min(leaves, max(25, math.ceil(leaves / 10)))
+    # Few leaves need a larger share of them: recall@10 was 0.82 with 6 of 55 leaves over
+    # 3,000 CIFAR-10 images, 0.99 with 25.
+    return max(25, math.ceil(2 * math.sqrt(leaves)))
 
 
-def _search(
-    searcher: Any, queries: np.ndarray, k: int, reorder: int, count: int
-) -> tuple[np.ndarray, np.ndarray]:
-    rows = np.full((len(queries), k), -1, np.int64)
-    distances = np.full((len(queries), k), np.inf, np.float32)
-    found = min(k, count)
-    if not found or not len(queries):
+def _with(tuned: Tuned, setting: Setting) -> Tuned:
+    return tuned._replace(leaves_to_search=setting.leaves, reorder=setting.reorder)
+
+
+def load(folder: str) -> tuple[Any, Tuned]:
+    """ScaNN's searcher and how a build chose to search it."""
+    with open(os.path.join(folder, "tuned.json")) as file:
+        tuned = Tuned(**json.load(file))
+    return _scann().load_searcher(os.path.join(folder, "scann")), tuned
+
+
+def searching(searcher: Any, vectors: np.ndarray, tuned: Tuned) -> TopK:
+    """Searches so many leaves and re-ranks so many candidates as ``tuned`` says."""
+    exact = tuned.reorder_dtype == "float32"
+
+    def search(queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        rows = np.full((len(queries), k), -1, np.int64)
+        distances = np.full((len(queries), k), np.inf, np.float32)
+        found = min(k, len(vectors))
+        if not found or not len(queries):
+            return rows, distances
+        # Rough distances may put the last ones in the wrong order: some more are taken.
+        fetched = found if exact else min(found + max(28, found // 4), len(vectors))
+        reorder = max(math.ceil(tuned.reorder * max(1, k / _DEPTH)), fetched)
+        neighbors, products = searcher.search_batched_parallel(
+            queries,
+            final_num_neighbors=fetched,
+            pre_reorder_num_neighbors=min(reorder, len(vectors)),
+            leaves_to_search=tuned.leaves_to_search,
+        )
+        # Where the searched leaves hold fewer rows ScaNN fills up with row 0 and NaN.
+        valid = ~np.isnan(products)
+        if not exact:
+            products = _products(queries, vectors, neighbors)
+        near = np.where(valid, np.maximum(1.0 - products, 0.0), np.inf).astype(np.float32)
+        which = np.where(valid, neighbors.astype(np.int64), -1)
+        # Rows are in the order of ids: sorting by row, then by distance, breaks ties by id.
+        order = np.lexsort((which, near), axis=1)[:, :found]
+        rows[:, :found] = np.take_along_axis(which, order, axis=1)
+        distances[:, :found] = np.take_along_axis(near, order, axis=1)
         return rows, distances
-    neighbors, products = searcher.search_batched_parallel(
-        queries, final_num_neighbors=found, pre_reorder_num_neighbors=min(reorder, count)
-    )
-    # Where the searched leaves hold fewer than k rows ScaNN fills up with row 0 and NaN.
-    valid = ~np.isnan(products)
-    rows[:, :found] = np.where(valid, neighbors.astype(np.int64), -1)
-    distances[:, :found] = np.where(valid, np.maximum(1.0 - products, 0.0), np.inf)
-    # Rows are in the order of ids: sorting by row, then by distance, breaks ties by id.
-    order = np.lexsort((rows, distances), axis=1)
-    return np.take_along_axis(rows, order, axis=1), np.take_along_axis(distances, order, axis=1)
+
+    return search
+
+
+def _products(queries: np.ndarray, vectors: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """(Q, R) float32 products of each query with its rows (Q, R)."""
+    products = np.empty(rows.shape, np.float32)
+    size = max(1, _VALUES // (rows.shape[1] * vectors.shape[1]))
+    for start in range(0, len(queries), size):
+        part = slice(start, start + size)
+        near = vectors[rows[part]].astype(np.float32, copy=False)
+        np.vecdot(queries[part, None], near, out=products[part])
+    return products
 
 
 def _scann() -> Any:

@@ -1,99 +1,83 @@
-"""ScaNN on clustered data: round trip, recall, and where its leaves run dry."""
+"""ScaNN on clustered data: round trip, recall, tuning, and where its leaves run dry."""
 
-import dataclasses
+import json
+import os
 import shutil
 
+import ml_dtypes
 import numpy as np
 import pytest
 
-from vm_core import index, shards
+from benchmarks.mixture import HELD_OUT, Mixture
+from vm_core import index
 from vm_core.errors import VisualMemoryError
-from vm_core.index import auto, exact, scann
-from vm_core.recall import measure_recall
-from vm_core.records import EmbeddingBlock, strings
+from vm_core.index import _tuning, auto, exact, scann
 
-
-def mixture(rows: int, seed: int = 0, dimension: int = 32) -> EmbeddingBlock:
-    generator = np.random.default_rng(seed)
-    centres = np.random.default_rng(99).normal(size=(50, dimension))
-    labels = generator.integers(50, size=rows)
-    vectors = centres[labels] + 0.4 * generator.normal(size=(rows, dimension))
-    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-    return EmbeddingBlock(
-        strings([f"row/{i:06d}" for i in range(rows)]),
-        labels.astype(np.int64),
-        strings(["mixture"] * rows),
-        vectors.astype(np.float32),
-    )
+MIXTURE = Mixture(32, classes=50, intrinsic=12)
 
 
 @pytest.fixture(scope="module")
-def rows():
-    return mixture(4_000)
+def vectors():
+    return MIXTURE.block(0, 4_000)[0]
 
 
 @pytest.fixture(scope="module")
-def folder(rows, tmp_path_factory):
-    """An index that was built in one place and moved to another."""
-    built = tmp_path_factory.mktemp("built") / "partition"
-    built.mkdir()
-    scann.Plugin().build(lambda: rows, str(built))
-    moved = tmp_path_factory.mktemp("moved") / "elsewhere"
-    shutil.move(built, moved)
-    return str(moved)
+def queries():
+    return MIXTURE.block(HELD_OUT, 200)[0]
+
+
+def build(vectors, folder, **settings):
+    """The search and what its build settled on, from a folder that has gone since."""
+    os.makedirs(folder)
+    plugin = scann.Plugin(**settings)
+    plugin.build(vectors, str(folder))
+    tuned = json.loads((folder / "tuned.json").read_text())
+    search = plugin.open(vectors, str(folder))
+    shutil.rmtree(folder)
+    return search, tuned
 
 
 @pytest.fixture(scope="module")
-def partition(folder):
-    return scann.Plugin().open([], folder)
+def search(vectors, tmp_path_factory):
+    return build(vectors, tmp_path_factory.mktemp("default") / "index")[0]
 
 
-def test_a_moved_index_finds_what_exact_search_finds(partition, rows):
-    np.testing.assert_array_equal(partition.ids, rows.ids)
-    np.testing.assert_array_equal(partition.labels, rows.labels)
-    queries = mixture(200, seed=1).vectors
-    found, distances = partition.search(queries, 10)
-    expected, expected_distances = exact.top_k(queries, rows.vectors, 10)
+def recall(found, expected):
     hits = [len(np.intersect1d(a, b)) for a, b in zip(found, expected, strict=True)]
-    assert np.mean(hits) / 10 > 0.95
+    return np.mean(hits) / expected.shape[1]
+
+
+def true_distances(queries, vectors, rows):
+    wide = vectors[rows].astype(np.float64)
+    return 1 - np.vecdot(queries[:, None].astype(np.float64), wide)
+
+
+def test_a_moved_index_finds_what_exact_search_finds(vectors, queries, tmp_path):
+    scann.Plugin().build(vectors, str(tmp_path))
+    moved = shutil.move(tmp_path, tmp_path.with_name("elsewhere"))
+    assert not [name for _, _, names in os.walk(moved) for name in names if name.endswith(".pkl")]
+    search = scann.Plugin().open(vectors, str(moved))
+    found, distances = search(queries, 10)
+    expected, expected_distances = exact.top_k(queries, vectors, 10)
+    assert found.dtype == np.int64 and distances.dtype == np.float32
+    assert recall(found, expected) > 0.95
     same = found == expected
     np.testing.assert_allclose(distances[same], expected_distances[same], atol=2e-6)
     assert (np.diff(distances, axis=1) >= 0).all()
 
 
-def test_one_query_and_no_query(partition, rows):
-    found, _ = partition.search(rows.vectors[17:18], 5)
-    assert found[0, 0] == 17
-    assert partition.search(rows.vectors[:0], 5)[0].shape == (0, 5)
+def test_one_query_and_no_query(search, vectors):
+    assert search(vectors[17:18], 5)[0][0, 0] == 17
+    assert search(vectors[:0], 5)[0].shape == (0, 5)
 
 
-def test_measured_recall(partition, rows):
-    recall = measure_recall(partition.search, rows)
-    assert list(recall) == [1, 10, 100]
-    assert all(0.9 < recall[depth] <= 1 for depth in (1, 10, 100))
-    assert measure_recall(partition.search, rows) == recall
-
-
-def test_recall_of_exact_search_is_1_and_of_nonsense_is_0(rows):
-    def nonsense(queries, k):
-        return np.full((len(queries), k), -1), np.full((len(queries), k), np.inf, np.float32)
-
-    some = rows.take(np.arange(150))
-    assert measure_recall(lambda q, k: exact.top_k(q, some.vectors, k), some) == {
-        1: 1,
-        10: 1,
-        100: 1,
-    }
-    assert measure_recall(nonsense, some) == {1: 0, 10: 0, 100: 0}
-    few = rows.take(np.arange(7))
-    assert measure_recall(lambda q, k: exact.top_k(q, few.vectors, k), few) == {1: 1}
-
-
-def test_leaves_that_hold_fewer_than_k_rows_give_padding_and_no_false_neighbour(rows, tmp_path):
-    scann.Plugin(leaves=400, leaves_to_search=1).build(lambda: rows, str(tmp_path))
-    partition = scann.Plugin(leaves=400, leaves_to_search=1).open([], str(tmp_path))
-    queries = mixture(100, seed=3).vectors
-    found, distances = partition.search(queries, 100)
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_leaves_that_hold_fewer_than_k_rows_give_padding_and_no_false_neighbour(
+    dtype, vectors, queries, tmp_path
+):
+    settings = {"leaves": 400, "leaves_to_search": 1, "reorder_dtype": dtype}
+    search, _ = build(vectors, tmp_path / "index", **settings)
+    found, distances = search(queries, 100)
     missing = found < 0
     assert missing.any(axis=1).mean() > 0.9
     assert np.isinf(distances[missing]).all() and np.isfinite(distances[~missing]).all()
@@ -102,37 +86,125 @@ def test_leaves_that_hold_fewer_than_k_rows_give_padding_and_no_false_neighbour(
     for row in found:
         real = row[row >= 0]
         assert len(set(real)) == len(real)
-    exact_distances = 1 - np.einsum("qd,qkd->qk", queries, rows.vectors[found])
+    exact_distances = true_distances(queries, vectors, found)
     np.testing.assert_allclose(distances[~missing], exact_distances[~missing], atol=2e-6)
 
 
-def test_more_neighbours_than_rows(rows, tmp_path):
-    few = rows.take(np.arange(1_000))
-    settings = scann.Plugin(leaves=4, leaves_to_search=4)
-    settings.build(lambda: few, str(tmp_path))
-    found, distances = settings.open([], str(tmp_path)).search(few.vectors[:3], 1_200)
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_more_neighbours_than_rows(dtype, vectors, tmp_path):
+    few = vectors[:1_000]
+    settings = {"leaves": 4, "leaves_to_search": 4, "reorder_dtype": dtype}
+    search, _ = build(few, tmp_path / "index", **settings)
+    found, distances = search(few[:3], 1_200)
     for row in found:
         np.testing.assert_array_equal(np.sort(row[:1_000]), np.arange(1_000))
     assert (found[:, 1_000:] == -1).all() and np.isinf(distances[:, 1_000:]).all()
 
 
-def test_equal_distances_are_tied_by_row(rows, tmp_path):
-    twice = dataclasses.replace(rows, vectors=np.repeat(rows.vectors[::2], 2, axis=0))
-    scann.Plugin().build(lambda: twice, str(tmp_path))
-    found, distances = scann.Plugin().open([], str(tmp_path)).search(twice.vectors[:50], 8)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_equal_distances_are_tied_by_row(dtype, vectors, tmp_path):
+    twice = np.repeat(vectors[::2], 2, axis=0)
+    search, _ = build(twice, tmp_path / "index", reorder_dtype=dtype)
+    found, distances = search(twice[:50], 8)
     tied = np.diff(distances, axis=1) == 0
     assert tied.any() and (np.diff(found, axis=1)[tied] > 0).all()
 
 
-def test_too_few_rows(rows, tmp_path):
+@pytest.mark.parametrize("stored", [np.float32, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+def test_distances_and_order_are_exact_however_rough_the_re_ranking(
+    dtype, stored, vectors, queries, tmp_path
+):
+    kept = vectors.astype(stored)
+    search, tuned = build(kept, tmp_path / "index", reorder_dtype=dtype)
+    assert tuned["reorder_dtype"] == dtype
+    expected, _ = exact.top_k(queries, kept, 10)
+    for k in (1, 10):
+        found, distances = search(queries, k)
+        np.testing.assert_allclose(distances, true_distances(queries, kept, found), atol=2e-6)
+        assert (np.diff(distances, axis=1) >= 0).all()
+        assert recall(found, expected[:, :k]) > 0.97
+
+
+def test_a_target_is_reached_and_a_higher_one_searches_more(vectors, queries, tmp_path):
+    expected, _ = exact.top_k(queries, vectors, 100)
+    work = []
+    for target in (0.8, 0.97):
+        search, tuned = build(vectors, tmp_path / "index", leaves=200, target_recall=target)
+        assert tuned["recall"] >= target and tuned["milliseconds"] > 0
+        assert recall(search(queries, 100)[0], expected) > target - 0.05
+        work.append(tuned["leaves_to_search"])
+    assert 1 <= work[0] < work[1] <= 200
+
+
+def test_a_target_out_of_reach_names_the_best_that_was_found(vectors, tmp_path):
+    settings = scann.Plugin(dimensions_per_block=32, target_recall=1)
+    best = r"target_recall = 1.0 is not reached.*best found has recall@100 0\.\d{4} .*"
+    with pytest.raises(VisualMemoryError, match=best + r"reorder=1000\. Lower the target"):
+        settings.build(vectors, str(tmp_path))
+    assert not os.listdir(tmp_path)
+
+
+def test_the_time_a_query_may_take_is_spent_on_recall(vectors, tmp_path):
+    _, tuned = build(vectors, tmp_path / "index", maximum_milliseconds=1000)
+    assert tuned["leaves_to_search"] == 63 and tuned["recall"] > 0.99
+    for target, text in ((None, "quickest"), (0.5, "0.5 is not reached.* within maximum_mill")):
+        settings = scann.Plugin(maximum_milliseconds=1e-9, target_recall=target)
+        with pytest.raises(VisualMemoryError, match=text):
+            settings.build(vectors, str(tmp_path))
+
+
+def test_within_its_bytes_an_index_is_as_precise_as_it_can_be(vectors, tmp_path):
+    count, dimension = vectors.shape
+    sizes = {}
+    for dtype in ("float32", "bfloat16", "int8"):
+        folder = tmp_path / dtype
+        folder.mkdir()
+        scann.Plugin(reorder_dtype=dtype).build(vectors, str(folder))
+        files = [file for file in (folder / "scann").iterdir() if file.is_file()]
+        sizes[dtype] = sum(file.stat().st_size for file in files)
+    for dtype, size in sizes.items():
+        # The rule leaves out the codebook, 64 bytes a dimension, and some headers.
+        fitting = scann.Plugin(maximum_bytes=size)._fitting(count, dimension, 63)
+        assert fitting == (dtype, 2)
+        assert scann.Plugin(maximum_bytes=size - 9_000)._fitting(count, dimension, 63) != fitting
+    with pytest.raises(VisualMemoryError, match=r"maximum_bytes = 9,999: .* takes 176,128 bytes"):
+        scann.Plugin(maximum_bytes=9_999).build(vectors, str(tmp_path))
+    _, tuned = build(vectors, tmp_path / "index", maximum_bytes=sizes["int8"] - 9_000)
+    assert (tuned["reorder_dtype"], tuned["dimensions_per_block"]) == ("int8", 4)
+
+
+def test_the_ladder_goes_up_to_all_leaves():
+    assert list(_tuning._ladder(30)) == [1, 2, 3, 5, 8, 12, 18, 27, 30]
+    assert list(_tuning._ladder(1)) == [1]
+
+
+def test_held_out_queries_are_nearest_to_the_row_they_come_from(vectors):
+    queries = _tuning.held_out(vectors)
+    assert queries.shape == (500, 32) and queries.dtype == np.float32
+    np.testing.assert_allclose(np.linalg.norm(queries, axis=1), 1, atol=1e-6)
+    nearest, distances = exact.top_k(queries, vectors, 1)
+    assert len(np.unique(nearest)) > 450 and (distances > 1e-4).all()
+    np.testing.assert_array_equal(queries, _tuning.held_out(vectors))
+
+
+@pytest.mark.parametrize(
+    "rows, leaves", [(1_000, 25), (20_000, 25), (100_000, 36), (1_000_000, 64)]
+)
+def test_leaves_searched_by_default(rows, leaves):
+    assert scann._leaves_to_search(round(rows**0.5)) == leaves
+
+
+def test_too_few_rows(vectors, tmp_path):
     with pytest.raises(VisualMemoryError, match=r"at least 1,000 rows.*partition has 999"):
-        scann.Plugin().build(lambda: rows.take(np.arange(999)), str(tmp_path))
+        scann.Plugin().build(vectors[:999], str(tmp_path))
 
 
 def test_auto_chooses_by_the_number_of_rows():
     assert auto.Plugin().choose(19_999).kind == "exact"
-    assert auto.Plugin().choose(20_000).kind == "scann"
-    assert auto.Plugin(exact_below=5).choose(5).kind == "scann"
+    assert auto.Plugin().choose(20_000) == scann.Plugin()
+    settings = {"kind": "auto", "exact_below": 5, "scann": {"target_recall": 0.95}}
+    assert index.parse(settings).choose(5) == scann.Plugin(target_recall=0.95)
 
 
 def test_unknown_kinds_and_settings_are_named():
@@ -140,23 +212,7 @@ def test_unknown_kinds_and_settings_are_named():
         index.parse({"kind": "hnsw"})
     with pytest.raises(VisualMemoryError, match="unknown key 'leafs'.*leaves_to_search"):
         index.parse({"kind": "scann", "leafs": 3})
-
-
-def test_rows_of_several_shards_come_in_the_order_of_ids(rows, tmp_path):
-    some = rows.take(np.arange(100))
-    paths = []
-    for number, part in enumerate((np.arange(1, 100, 2), np.arange(0, 100, 2))):
-        paths.append(str(tmp_path / f"{number}.tfrecord"))
-        shards.write_shard(paths[-1], some.take(part), "print", "float32")
-    read = index.read_rows(paths)
-    np.testing.assert_array_equal(read.ids, some.ids)
-    np.testing.assert_array_equal(read.vectors, some.vectors)
-    partition = exact.Plugin().open(paths, "unused")
-    assert partition.search(some.vectors[42:43], 1)[0] == 42
-
-
-def test_checksums_are_of_the_content_and_by_relative_path(folder):
-    sums = index.checksums(folder)
-    assert "rows.parquet" in sums and any(name.startswith("scann/") for name in sums)
-    assert not [name for name in sums if name.endswith(".pkl")]
-    assert all(len(digest) == 64 for digest in sums.values())
+    with pytest.raises(VisualMemoryError, match=r"unknown key 'scann.leafs'"):
+        index.parse({"kind": "auto", "scann": {"leafs": 3}})
+    with pytest.raises(VisualMemoryError, match="follow from target_recall.*Leave out"):
+        index.parse({"kind": "scann", "leaves_to_search": 3, "target_recall": 0.9})

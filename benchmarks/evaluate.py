@@ -1,0 +1,118 @@
+"""The evaluation pipeline end to end over the bare search.
+
+    python -m benchmarks.evaluate [--rows 1000000] [--queries 10000] [--dimension 384]
+
+A mixture's memory (benchmarks.mixture) with its ScaNN index is built once. Then, several
+times in turn: the bare search (the memory opened, all queries routed, searched and merged in
+one process), and ``visual-memory evaluate`` on the same queries as embedding shards with
+2 workers: reading, routing, search, votes of four voters at every k, metrics, tables and
+report. The bare search starts in a process of its own, as the pipeline does; its time
+counts from its first byte of Python to its last neighbour, both with imports. ``ratio`` is the bare
+search's seconds over the pipeline's. ``exact`` gives the same for exact search.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from statistics import median
+
+from benchmarks import synthetic
+from benchmarks.mixture import FINGERPRINT
+from vm_core.shards import read_shard, write_shard
+
+K, ROUNDS, WORKERS = 100, 3, 2
+
+BARE = """
+import sys
+from vm_core.memory import Memory
+from vm_core.shards import read_shard
+root, path, k = sys.argv[1:]
+found = Memory(root).searcher()(read_shard(path), int(k))
+assert len(found) and (found.labels >= 0).all()
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.evaluate")
+    parser.add_argument("--rows", type=int, default=1_000_000)
+    parser.add_argument("--queries", type=int, default=10_000)
+    parser.add_argument("--dimension", type=int, default=384)
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
+    options = parser.parse_args()
+    folder = tempfile.mkdtemp(prefix="visual-memory-evaluate-")
+    try:
+        result = measure(folder, options)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    print(json.dumps(result))
+
+
+def measure(folder: str, options: argparse.Namespace) -> dict:
+    """Builds both memories and times both ways; the last line's object."""
+    queries = os.path.join(folder, "queries.tfrecord")
+    write_shard(
+        queries, synthetic.queries(options.queries, options.dimension), FINGERPRINT, "float32"
+    )
+    read_shard(queries)
+    kinds = {}
+    for kind in ("scann", "exact"):
+        root = os.path.join(folder, kind)
+        memory = synthetic.write_memory(root, options.rows, options.dimension, index={"kind": kind})
+        bare, pipeline = [], []
+        for round in range(options.rounds):
+            bare.append(timed(["-c", BARE, root, queries, str(K)]))
+            pipeline.append(
+                timed(
+                    [
+                        *("-m", "pipelines.evaluate", "--memory", root, "--embeddings", queries),
+                        *("--output", os.path.join(folder, f"{kind}-{round}"), "--k", str(K)),
+                        *("--set", f"query_shards={WORKERS}"),
+                        f"--direct_num_workers={WORKERS}",
+                        "--direct_running_mode=multi_processing",
+                    ]
+                )
+            )
+        shutil.rmtree(root)
+        kinds[kind] = {
+            "ratio": median(bare) / median(pipeline),
+            "bare_s": median(bare),
+            "pipeline_s": median(pipeline),
+            "recall": memory.manifest.recall.at[100] if memory.manifest.recall else 1.0,
+        }
+        print(kind, kinds[kind], flush=True)
+    rounded = {
+        kind: {name: round(value, 3) for name, value in values.items()}
+        for kind, values in kinds.items()
+    }
+    return {
+        "name": "evaluate",
+        "ratio": rounded["scann"]["ratio"],
+        "peer": "the bare search in a process of its own",
+        "rows": options.rows,
+        "queries": options.queries,
+        "dimension": options.dimension,
+        "k": K,
+        "workers": WORKERS,
+        **rounded,
+    }
+
+
+def timed(arguments: list[str]) -> float:
+    """Seconds that the interpreter takes with these arguments."""
+    environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"}
+    start = time.perf_counter()
+    subprocess.run(
+        [sys.executable, *arguments], check=True, stdout=subprocess.DEVNULL, env=environment
+    )
+    return time.perf_counter() - start
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,107 @@
+"""Scores every item of a memory by leave-one-out search.
+
+python -m pipelines.leave_one_out --memory MEMORY [Beam options]
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import apache_beam as beam
+from rich.console import Console
+
+from pipelines import commands, running
+from vm_core import config, leave_one_out, score_tables
+from vm_core.errors import VisualMemoryError
+from vm_core.leave_one_out import LeaveOneOutConfig, LeaveOneOutPlan
+
+
+def define_pipeline(root: beam.Pipeline, plan: LeaveOneOutPlan) -> None:
+    """Adds planned scores to a pipeline. Only numbers of partitions and bundles travel."""
+    homes = (
+        root
+        | "Partitions" >> beam.Create(range(plan.partitions))
+        | "SearchHome" >> beam.Map(lambda number: (number, leave_one_out.search_home(plan, number)))
+    )
+    visited = (
+        homes
+        | "Visits" >> beam.FlatMapTuple(lambda source, others: [(o, source) for o in others])
+        | "ByVisited" >> beam.GroupByKey()
+        | "SearchVisitors" >> beam.FlatMapTuple(partial(_search_visitors, plan))
+    )
+    scored = (
+        (homes | "AtHome" >> beam.MapTuple(lambda number, _: (number, number)), visited)
+        | "Everywhere" >> beam.Flatten()
+        | "ByHome" >> beam.GroupByKey()
+        | "ScorePartition" >> beam.MapTuple(partial(_score_partition, plan))
+        | "ListScored" >> beam.combiners.ToList()
+    )
+    _ = (
+        scored
+        | "GroupDuplicates" >> beam.Map(lambda _: score_tables.group_duplicates(plan))
+        | "Bundles" >> beam.FlatMap(lambda _: range(plan.bundles))
+        | "SpreadBundles" >> beam.Reshuffle()
+        | "WriteScores" >> beam.Map(partial(score_tables.write_scores, plan))
+        | "ListWritten" >> beam.combiners.ToList()
+        | "Finish" >> beam.Map(lambda _: score_tables.finish(plan))
+    )
+
+
+def _search_visitors(
+    plan: LeaveOneOutPlan, number: int, sources: Iterable[int]
+) -> Iterator[tuple[int, int]]:
+    """Searches one partition for its visitors; yields (home, visited) for each home of some."""
+    sources = sorted(sources)
+    leave_one_out.search_visitors(plan, number, sources)
+    yield from ((source, number) for source in sources)
+
+
+def _score_partition(plan: LeaveOneOutPlan, number: int, searched: Iterable[int]) -> int:
+    others = [other for other in searched if other != number]
+    return leave_one_out.score_partition(plan, number, others)
+
+
+def run(configuration: LeaveOneOutConfig, beam_arguments: Sequence[str] = ()) -> dict[str, Any]:
+    """Makes the scores, or finds them made; returns what scores.json holds."""
+    plan = leave_one_out.plan_scores(configuration)
+    results = score_tables.finished_scores(plan)
+    if results is None:
+        items, shards = int(plan.first_rows[-1]), len(plan.first_rows) - 1
+        running.run(
+            lambda root: define_pipeline(root, plan),
+            beam_arguments,
+            {"search": items, "score": items, "write": shards},
+        )
+        results = score_tables.finished_scores(plan)
+    if results is None:
+        raise VisualMemoryError(f"the pipeline ended without scores in {plan.path('')}")
+    return results
+
+
+def command(arguments: Sequence[str]) -> None:
+    """visual-memory score"""
+    parser = argparse.ArgumentParser(
+        prog="visual-memory score",
+        description="Scores every item of a memory by how it helps or misleads the others.",
+        epilog=commands.EPILOG,
+    )
+    parser.add_argument("--config", help="YAML file; the options below override it")
+    parser.add_argument("--memory", help="folder or bucket prefix of the memory")
+    parser.add_argument(
+        "--k", type=int, nargs="+", help="count among so many neighbours (default 10 100)"
+    )
+    commands.add_set_option(parser)
+    options, beam_arguments = parser.parse_known_args(arguments)
+    running.check_beam_arguments(beam_arguments)
+    given = {"memory": options.memory, "ks": options.k}
+    overrides = {key: value for key, value in given.items() if value is not None}
+    configuration = config.load(LeaveOneOutConfig, options.config, options.set, overrides)
+    Console().print(score_tables.of_scores(run(configuration, beam_arguments)))
+
+
+if __name__ == "__main__":
+    sys.exit(commands.main(command))

@@ -1,0 +1,89 @@
+"""Says what a memory of some size will take: bytes, hours, workers. Makes nothing.
+
+python -m pipelines.plan --items 1e9 --dim 1024
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+
+from rich.console import Console
+
+from pipelines import commands
+from vm_core import calibration, plan_summary, plugins, worker_types
+from vm_core.estimates import ITEM_BYTES, REORDER_BYTES, Workload
+from vm_core.partitioning import Partitioning
+from vm_core.planner import plan
+
+
+def _whole(text: str) -> int:
+    """A whole number, also as 1e9."""
+    try:
+        return int(text)
+    except ValueError:
+        number = float(text)
+        if not number.is_integer():
+            raise argparse.ArgumentTypeError(f"{text} is no whole number") from None
+        return int(number)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="visual-memory plan",
+        description="Bytes, memory, hours and workers of a memory before it is made.",
+    )
+    add = parser.add_argument
+    add("--items", type=_whole, required=True, help="images in the memory, such as 1e9")
+    add("--dim", type=_whole, required=True, help="numbers in an embedding")
+    add("--dtype", default="float32", help=f"of the shards: {', '.join(ITEM_BYTES)}")
+    add("--reorder", default="float32", help=f"ScaNN's vectors: {', '.join(REORDER_BYTES)}")
+    add("--encoder", metavar="NAME", help="an encoder of the calibration, or a known one")
+    add("--encoder-images-per-s", type=float, metavar="X", help="of an accelerator, or of a core")
+    add("--queries", type=_whole, default=50_000, help="of the evaluation (default 50,000)")
+    add("--k", type=_whole, default=100, help="neighbours per query (default 100)")
+    add("--rows-per-partition", type=_whole, default=1_000_000, help="at most (default 1e6)")
+    add("--spill", default="none", choices=("none", "nearest", "soar"), help="second cells")
+    add("--probes", type=_whole, default=3, help="partitions a query visits (default 3)")
+    add("--worker", default="n1-standard-8", help="local or a machine type (n1-standard-8)")
+    add("--accelerator", help=f"each worker has: {', '.join(worker_types.ACCELERATORS)}")
+    add("--accelerators", type=_whole, default=1, help="how many of it (default 1)")
+    add("--deadline-hours", type=float, default=24, help="0: none (default 24)")
+    add("--calibration", metavar="FILE", help="of benchmarks.calibrate (default: built in)")
+    add("--json", action="store_true", help="print the plan as JSON")
+    return parser
+
+
+def command(arguments: Sequence[str]) -> None:
+    """visual-memory plan"""
+    options = _parser().parse_args(arguments)
+    workload = Workload(
+        items=options.items,
+        dimension=options.dim,
+        dtype=options.dtype,
+        reorder=options.reorder,
+        encoder=options.encoder,
+        images_per_s=options.encoder_images_per_s,
+        queries=options.queries,
+        k=options.k,
+        partitioning=plugins.validate(
+            Partitioning, {"rows": options.rows_per_partition, "spill": options.spill}, "partitions"
+        ),
+        probes=options.probes,
+        deadline_hours=options.deadline_hours or None,
+    )
+    constants = calibration.DEFAULT
+    if options.calibration:
+        constants = calibration.load(options.calibration)
+    worker = worker_types.find(options.worker, options.accelerator, options.accelerators)
+    result = plan(workload, constants, worker)
+    if options.json:
+        print(json.dumps(plan_summary.as_json(result), indent=1))
+    else:
+        Console().print(plan_summary.of_plan(result))
+
+
+if __name__ == "__main__":
+    sys.exit(commands.main(command))

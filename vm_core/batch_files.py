@@ -1,0 +1,98 @@
+"""Files of record batches under numbered keys: a reader takes one key's and leaves the rest.
+
+A stage writes one file for all its readers, and each reads what has its number. Beside
+``NAME.arrow`` stands ``NAME.json``, written last: which batches are whose, and what else
+the writer had to say. Where it stands the file is complete.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from vm_core import storage
+
+Columns = dict[str, np.ndarray]
+"""Column name to (N,) or (N, W) array, all of one N; text is an object array of str."""
+
+
+class Writer:
+    """Takes batches for a file; see ``writing``. facts: JSON values for the reader."""
+
+    def __init__(self, file: Any):
+        self._file = file
+        self._writer: pa.RecordBatchFileWriter | None = None
+        self._written = 0
+        self.batches: dict[int, list[int]] = {}
+        self.facts: dict[str, Any] = {}
+
+    def write(self, key: int, columns: Mapping[str, np.ndarray]) -> None:
+        """Adds a batch under a key. All batches of a file have the same columns."""
+        batch = pa.record_batch({name: _to_arrow(values) for name, values in columns.items()})
+        if self._writer is None:
+            self._writer = pa.ipc.new_file(self._file, batch.schema)
+        self._writer.write_batch(batch)
+        self.batches.setdefault(key, []).append(self._written)
+        self._written += 1
+
+    def close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+
+
+@contextmanager
+def writing(path: str) -> Iterator[Writer]:
+    """A file to be written, named without its suffix; it is complete when the block ends."""
+    with storage.write_atomic(f"{path}.arrow") as file:
+        writer = Writer(file)
+        yield writer
+        writer.close()
+    marker = {"batches": writer.batches, "facts": writer.facts}
+    storage.write_bytes(f"{path}.json", json.dumps(marker).encode())
+
+
+class BatchFile:
+    """A complete file, named without its suffix."""
+
+    def __init__(self, path: str):
+        self._path = path
+        marker = json.loads(storage.read_bytes(f"{path}.json"))
+        self._batches = {int(key): numbers for key, numbers in marker["batches"].items()}
+        self.facts: dict[str, Any] = marker["facts"]
+
+    @property
+    def keys(self) -> list[int]:
+        """The keys that have batches, ascending."""
+        return sorted(self._batches)
+
+    def read(self, key: int) -> Iterator[Columns]:
+        """The batches under a key, in the order of writing; none for a key that has none."""
+        for number in self._batches.get(key, ()):
+            # Opened for each: a merge reads from a thousand of them side by side.
+            with storage.open_read(f"{self._path}.arrow") as file:
+                batch = pa.ipc.open_file(file).get_batch(number)
+            yield {name: _to_numpy(batch.column(name)) for name in batch.schema.names}
+
+
+def is_complete(path: str) -> bool:
+    return storage.exists(f"{path}.json")
+
+
+def _to_arrow(values: np.ndarray) -> pa.Array:
+    if values.dtype == bool:  # a byte each: Arrow's bits are slow to unpack
+        values = values.view(np.uint8)
+    flat = pa.array(np.ascontiguousarray(values).reshape(-1))
+    return flat if values.ndim == 1 else pa.FixedSizeListArray.from_arrays(flat, values.shape[1])
+
+
+def _to_numpy(column: pa.Array) -> np.ndarray:
+    if pa.types.is_fixed_size_list(column.type):
+        flat = _to_numpy(column.flatten())
+        return flat.reshape(len(column), column.type.list_size)
+    values = column.to_numpy(zero_copy_only=False)
+    return values.view(bool) if values.dtype == np.uint8 else values

@@ -1,0 +1,354 @@
+"""From finished shards to a searchable index, as plain functions of a plan.
+
+plan_index -> sample_shard -> train -> assign_shard -> plan_partitions -> build_partition
+-> search_held_out -> (vm_core.recall)
+
+Workers share nothing but files. A shard's rows are written once more, cell by cell, so
+that the worker of a partition reads just its own, and no stage holds more than a shard
+or a partition.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+from pydantic import BaseModel, SerializeAsAny, field_validator
+
+from vm_core import index, partitioning, partitions, storage
+from vm_core.errors import VisualMemoryError
+from vm_core.index import Index
+from vm_core.partitioning import Partitioning
+from vm_core.partitions import Members, Partition
+from vm_core.progress import report
+from vm_core.recall import HeldOut, Hits, exact_and_found, held_out
+from vm_core.records import shard_of
+from vm_core.search import Router
+from vm_core.shard_rows import DTYPES
+from vm_core.shards import read_shard
+
+_MARKER = "partition.json"
+
+
+class ShardRows(NamedTuple):
+    """A shard as the index sees it: its path below the memory, its rows, its digest."""
+
+    path: str
+    rows: int
+    digest: str
+
+
+class PartitionEntry(BaseModel):
+    """One partition of the index, as a manifest has it.
+
+    cell: of the partitioner. count: rows, of which ``home`` belong to this cell and the
+    others are copies. bytes: of all its files, whose SHA-256 ``files`` has.
+    """
+
+    folder: str
+    cell: int
+    count: int
+    home: int
+    bytes: int
+    index: SerializeAsAny[Index]
+    files: dict[str, str]
+
+    @field_validator("index", mode="before")
+    @classmethod
+    def _index(cls, value: Any) -> Index:
+        return index.parse(value)
+
+
+class Task(NamedTuple):
+    """A partition to build: one of ``parts`` equal parts of a cell."""
+
+    number: int
+    cell: int
+    part: int
+    parts: int
+
+
+@dataclass(frozen=True)
+class IndexPlan:
+    """What is to be indexed, and how. Paths are below ``root``."""
+
+    root: str
+    build_folder: str
+    shards: tuple[ShardRows, ...]
+    class_counts: Mapping[int, int]
+    dtype: str
+    index: Index
+    partitioning: Partitioning
+    recall_queries: int
+
+    @property
+    def rows(self) -> int:
+        return sum(shard.rows for shard in self.shards)
+
+    @property
+    def cells(self) -> int:
+        return self.partitioning.cells(self.rows)
+
+    @property
+    def recipe(self) -> str:
+        """A fingerprint of everything the index is made from."""
+        settings = self.partitioning.model_dump(mode="json", exclude={"probes", "coverage"})
+        shards = [shard.digest for shard in self.shards]
+        identity = [self.index.model_dump(mode="json"), settings, shards, self.recall_queries]
+        return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
+
+    @property
+    def folder(self) -> str:
+        return f"{self.build_folder}/index-{self.recipe}"
+
+    @property
+    def centroids(self) -> str | None:
+        """Relative path of the centroids; None where a single cell needs none."""
+        return f"{self.folder}/centroids.npy" if self.cells > 1 else None
+
+    @property
+    def work(self) -> str:
+        return f"work/index-{self.recipe}"
+
+    def path(self, relative: str) -> str:
+        return storage.join(self.root, relative)
+
+    def first_row(self, shard: int) -> int:
+        """The number of a shard's first row in the memory."""
+        return sum(each.rows for each in self.shards[:shard])
+
+    def assigned(self, shard: int) -> str:
+        return self.path(f"{self.work}/assigned-{shard:05d}.arrow")
+
+
+def sample_shard(plan: IndexPlan, shard: int) -> np.ndarray:
+    """The rows of a shard that train the partitioner, (S, D) float32."""
+    if plan.cells == 1 or storage.exists(plan.path(str(plan.centroids))):
+        return np.empty((0, 1), np.float32)
+    block = read_shard(plan.path(plan.shards[shard].path))
+    return partitioning.sample(
+        block.ids, block.vectors, plan.rows, plan.cells, plan.partitioning.seed
+    )
+
+
+def train(plan: IndexPlan, samples: Iterable[tuple[int, np.ndarray]]) -> None:
+    """Trains the centroids from the numbered shards' samples and writes them."""
+    if plan.centroids is None or storage.exists(plan.path(plan.centroids)):
+        return
+    ordered = [rows for _, rows in sorted(samples, key=lambda pair: pair[0]) if len(rows)]
+    centroids = partitioning.train(np.concatenate(ordered), plan.cells, plan.partitioning.seed)
+    with storage.write_atomic(plan.path(plan.centroids)) as file:
+        np.save(file, centroids)
+
+
+def read_centroids(path: str) -> np.ndarray:
+    with storage.open_read(path) as file:
+        return np.load(file, allow_pickle=False)
+
+
+def assign_shard(plan: IndexPlan, shard: int) -> np.ndarray:
+    """How many rows of a shard are in each cell, (C,) int64; writes them cell by cell.
+
+    The file has one Arrow batch a cell. With a single cell there is nothing to write.
+    """
+    if plan.centroids is None:
+        return np.array([plan.shards[shard].rows])
+    path = plan.assigned(shard)
+    if storage.exists(path):
+        with storage.open_read(path) as file:
+            reader = pa.ipc.open_file(file)
+            return np.array(json.loads(reader.schema.metadata[b"counts"]))
+    centroids = read_centroids(plan.path(plan.centroids))
+    members = _read_members(plan, shard)
+    vectors = members.vectors.astype(np.float32, copy=False)
+    cells = partitioning.assign(vectors, centroids, plan.partitioning.spill)
+    counts = np.bincount(cells.ravel(), minlength=len(centroids))
+    place = np.repeat(np.arange(len(members)), cells.shape[1])
+    home = np.tile(np.arange(cells.shape[1]) == 0, len(members))
+    order = np.argsort(cells.ravel(), kind="stable")
+    schema = _assigned_schema(members.vectors).with_metadata(
+        {"counts": json.dumps(counts.tolist())}
+    )
+    with storage.write_atomic(path) as file, pa.ipc.new_file(file, schema) as writer:
+        for chosen in np.split(order, np.cumsum(counts)[:-1]):
+            part = members.take(place[chosen])
+            writer.write_batch(_to_batch(part, home[chosen], schema))
+    return counts
+
+
+def plan_partitions(plan: IndexPlan, counts: Sequence[np.ndarray]) -> list[Task]:
+    """The partitions to build: a cell with too many rows is divided by a hash of the ids."""
+    total = np.sum(np.array(counts), axis=0)
+    tasks = []
+    for cell, rows in enumerate(total.tolist()):
+        # A hash fills its parts unevenly: a tenth is left for that.
+        parts = (
+            math.ceil(1.1 * rows / plan.partitioning.rows) if rows > plan.partitioning.rows else 1
+        )
+        if rows or plan.cells == 1:
+            tasks += [(cell, part, parts) for part in range(parts)]
+    return [Task(number, *task) for number, task in enumerate(tasks)]
+
+
+def build_partition(plan: IndexPlan, task: Task) -> PartitionEntry:
+    """Builds one partition from the shards' rows in its cell, or finds it built."""
+    folder = f"{plan.folder}/partition-{task.number:05d}"
+    marker = plan.path(f"{folder}/{_MARKER}")
+    if storage.exists(marker):
+        return PartitionEntry.model_validate_json(storage.read_bytes(marker))
+    with storage.write_directory_atomic(plan.path(folder)) as local:
+        count, home = _write_members(plan, task, local)
+        chosen = plan.index.choose(count)
+        # Mapped from the file just written: what was read to write it is free again.
+        vectors = partitions.map_vectors(local)
+        chosen.build(vectors, local)
+        sizes = {file.path[len(local) + 1 :]: file.size for file in storage.walk(local)}
+        files = {name: storage.sha256_file(os.path.join(local, name)) for name in sizes}
+    entry = PartitionEntry(
+        folder=folder,
+        cell=task.cell,
+        count=count,
+        home=home,
+        bytes=sum(sizes.values()),
+        index=chosen,
+        files=files,
+    )
+    storage.write_bytes(marker, entry.model_dump_json(indent=1).encode())
+    report("index", 1)
+    return entry
+
+
+def _write_members(plan: IndexPlan, task: Task, folder: str) -> tuple[int, int]:
+    parts = [part for part in _members_of(plan, task) if len(part)]
+    members = Members.concatenate(parts) if parts else _no_members(plan)
+    partitions.write(folder, members)
+    if needs_recall(plan):
+        vectors, labels = held_out(members, plan.class_counts, plan.recall_queries)
+        np.save(os.path.join(folder, "held_out_vectors.npy"), vectors)
+        np.save(os.path.join(folder, "held_out_labels.npy"), labels)
+    return len(members), int(members.home.sum())
+
+
+def needs_recall(plan: IndexPlan) -> bool:
+    """Whether a search of this index may miss something."""
+    return plan.cells > 1 or plan.index.choose(plan.rows).kind != "exact"
+
+
+def read_held_out(plan: IndexPlan, entries: Sequence[PartitionEntry]) -> HeldOut:
+    """The held-out queries of all partitions."""
+    parts: dict[str, list[np.ndarray]] = {"vectors": [], "labels": []}
+    for entry in sorted(entries, key=lambda entry: entry.folder):
+        for name, arrays in parts.items():
+            with storage.open_read(plan.path(f"{entry.folder}/held_out_{name}.npy")) as file:
+                arrays.append(np.load(file, allow_pickle=False))
+    return HeldOut(np.concatenate(parts["vectors"]), np.concatenate(parts["labels"]))
+
+
+def search_held_out(
+    plan: IndexPlan, queries: HeldOut, cells: Sequence[int], entry: PartitionEntry
+) -> Hits:
+    """What of one partition is nearest to the held-out queries, and what its index finds.
+
+    cells: of all partitions, by number.
+    """
+    partition = open_partition(plan.root, entry)
+    centroids = None if plan.centroids is None else read_centroids(plan.path(plan.centroids))
+    router = Router(centroids, tuple(cells), 1 if centroids is None else len(centroids))
+    order = router.route(queries.vectors)
+    ranks = np.argmax(order == entry.cell, axis=1)
+    return exact_and_found(partition, queries.vectors, ranks)
+
+
+def open_partition(root: str, entry: PartitionEntry) -> Partition:
+    """Opens a partition, its index ready to search. Raises if rows are missing."""
+    folder = storage.join(root, entry.folder)
+    partition = partitions.open_partition(folder, entry.index)
+    check_count(folder, entry, partition.members)
+    return partition
+
+
+def check_count(folder: str, entry: PartitionEntry, members: Members) -> None:
+    if not len(members) == len(members.vectors) == entry.count:
+        raise VisualMemoryError(
+            f"partition {folder} has {len(members):,} rows and {len(members.vectors):,} vectors "
+            f"where the manifest says {entry.count:,}: files are missing or cut off. Restore them "
+            "or build again"
+        )
+
+
+# Rows on their way to a partition ----------------------------------------------------
+
+
+def _read_members(plan: IndexPlan, shard: int) -> Members:
+    block = read_shard(plan.path(plan.shards[shard].path))
+    first = plan.first_row(shard)
+    return Members(
+        np.arange(first, first + len(block)),
+        pa.array(block.ids, pa.string()),
+        block.labels,
+        np.ones(len(block), bool),
+        block.vectors.astype(DTYPES[plan.dtype], copy=False),  # as they were stored
+    )
+
+
+def _members_of(plan: IndexPlan, task: Task) -> Iterator[Members]:
+    for shard, entry in enumerate(plan.shards):
+        if not entry.rows:
+            continue
+        if plan.centroids is None:
+            members = _read_members(plan, shard)
+        else:
+            with storage.open_read(plan.assigned(shard)) as file:
+                batch = pa.ipc.open_file(file).get_batch(task.cell)
+            members = _from_batch(batch, DTYPES[plan.dtype])
+        if task.parts > 1:
+            chosen = [shard_of(id, task.parts) == task.part for id in members.names.to_pylist()]
+            members = members.take(np.flatnonzero(chosen))
+        yield members
+
+
+def _no_members(plan: IndexPlan) -> Members:
+    none = np.empty(0, np.int64)
+    vectors = np.empty((0, 1), DTYPES[plan.dtype])
+    return Members(none, pa.array([], pa.string()), none, np.empty(0, bool), vectors)
+
+
+def _assigned_schema(vectors: np.ndarray) -> pa.Schema:
+    row_bytes = vectors.shape[1] * vectors.dtype.itemsize
+    return pa.schema([*partitions.ROWS_SCHEMA, ("vector", pa.binary(row_bytes))])
+
+
+def _to_batch(members: Members, home: np.ndarray, schema: pa.Schema) -> pa.RecordBatch:
+    vectors = pa.py_buffer(np.ascontiguousarray(members.vectors).view(np.uint8))
+    return pa.RecordBatch.from_arrays(
+        [
+            pa.array(members.rows),
+            members.names,
+            pa.array(members.labels),
+            pa.array(home),
+            pa.FixedSizeBinaryArray.from_buffers(
+                schema.field("vector").type, len(members), [None, vectors]
+            ),
+        ],
+        schema=schema,
+    )
+
+
+def _from_batch(batch: pa.RecordBatch, dtype: np.dtype) -> Members:
+    width = batch.schema.field("vector").type.byte_width
+    _, data = batch["vector"].buffers()
+    vectors = np.frombuffer(data or b"", dtype, len(batch) * width // dtype.itemsize)
+    return Members(
+        batch["row"].to_numpy(),
+        batch["id"],
+        batch["label"].to_numpy(),
+        batch["home"].to_numpy(zero_copy_only=False),
+        vectors.reshape(len(batch), width // dtype.itemsize),
+    )

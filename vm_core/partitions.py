@@ -1,0 +1,136 @@
+"""Partitions of a memory: the rows that one worker indexes and searches at a time.
+
+A partition's folder:
+
+rows.parquet     row, id, label, home; in the order of ids
+vectors.npy      (N, D) in the memory's dtype (bfloat16 as uint16), mapped and not loaded
+whatever the index adds
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from vm_core import storage
+from vm_core.index import Index, TopK
+from vm_core.records import strings
+from vm_core.shard_rows import DTYPES
+
+ROWS_SCHEMA = pa.schema(
+    [("row", pa.int64()), ("id", pa.string()), ("label", pa.int64()), ("home", pa.bool_())]
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Members:
+    """The N rows of a partition, in the order of their ids, without an index.
+
+    rows: (N,) int64, the rows' numbers in the memory: shard after shard, in each by id.
+    labels: (N,) int64. home: (N,) bool, false for a row that is here as a copy and has its
+    home in another partition. vectors: (N, D) float32, float16 or bfloat16, unit length.
+    """
+
+    rows: np.ndarray
+    names: pa.StringArray
+    labels: np.ndarray
+    home: np.ndarray
+    vectors: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @cached_property
+    def ids(self) -> np.ndarray:
+        """(N,) object array of str."""
+        return strings(self.names.to_pylist())
+
+    def take(self, places: np.ndarray) -> Members:
+        """The given rows (positions), in that order."""
+        return Members(
+            self.rows[places],
+            self.names.take(pa.array(places)),
+            self.labels[places],
+            self.home[places],
+            self.vectors[places],
+        )
+
+    @staticmethod
+    def concatenate(parts: Sequence[Members]) -> Members:
+        """All rows in the order of their ids. Needs at least one part."""
+        names = pa.concat_arrays([part.names for part in parts])
+        # Arrow sorts strings by their UTF-8 bytes, which is the order of Python's strings.
+        order = pc.sort_indices(names).to_numpy()
+        sizes = np.cumsum([0, *(len(part) for part in parts)])
+        vectors = np.empty((len(names), parts[0].vectors.shape[1]), parts[0].vectors.dtype)
+        place = np.empty(len(order), np.int64)
+        place[order] = np.arange(len(order))
+        for start, part in zip(sizes, parts, strict=False):
+            vectors[place[start : start + len(part)]] = part.vectors  # one copy, not two
+        return Members(
+            np.concatenate([part.rows for part in parts])[order],
+            names.take(pa.array(order)),
+            np.concatenate([part.labels for part in parts])[order],
+            np.concatenate([part.home for part in parts])[order],
+            vectors,
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Partition:
+    """Members that can be searched; weights: (N,) float32 in [0, 1.75], or None for all 1."""
+
+    members: Members
+    search: TopK
+    weights: np.ndarray | None = None
+
+
+def write(folder: str, members: Members) -> None:
+    """Writes the members of a partition into a local folder."""
+    table = pa.table(
+        [members.rows, members.names, members.labels, members.home], schema=ROWS_SCHEMA
+    )
+    pq.write_table(table, os.path.join(folder, "rows.parquet"))
+    vectors = members.vectors
+    if vectors.dtype == DTYPES["bfloat16"]:
+        vectors = vectors.view(np.uint16)  # NumPy's file format has no name for bfloat16
+    np.save(os.path.join(folder, "vectors.npy"), vectors)
+
+
+def read_members(folder: str) -> Members:
+    """Reads the members of a partition from any storage; local vectors are mapped."""
+    with storage.local_copy(folder) as local:
+        return _read_members(local)
+
+
+def open_partition(folder: str, index: Index) -> Partition:
+    """Opens a partition with its index, from any storage."""
+    with storage.local_copy(folder) as local:
+        members = _read_members(local)
+        return Partition(members, index.open(members.vectors, local))
+
+
+def _read_members(folder: str) -> Members:
+    table = pq.read_table(os.path.join(folder, "rows.parquet"), schema=ROWS_SCHEMA)
+    table = table.combine_chunks()
+    names = table["id"]
+    return Members(
+        table["row"].to_numpy(),
+        names.chunk(0) if names.num_chunks else pa.array([], pa.string()),
+        table["label"].to_numpy(),
+        table["home"].to_numpy(),
+        map_vectors(folder),
+    )
+
+
+def map_vectors(folder: str) -> np.ndarray:
+    """The (N, D) vectors of a partition in a local folder, mapped; they outlive the folder."""
+    vectors = np.load(os.path.join(folder, "vectors.npy"), mmap_mode="r")
+    return vectors.view(DTYPES["bfloat16"]) if vectors.dtype == np.uint16 else vectors

@@ -1,0 +1,123 @@
+"""Side tables of a version: items of the memory that are removed, or weigh less in a vote.
+
+weights/FINGERPRINT/partition-00000.parquet    id, weight; one file for each partition
+
+A table names the rows of its partition whose weight is not 1, in the order of ids; weight
+0 is removed. The embeddings and their indexes stay as they are.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from pydantic import BaseModel
+
+from vm_core import storage
+from vm_core.errors import VisualMemoryError
+from vm_core.index import TopK
+from vm_core.partitions import Partition
+
+WEIGHTS_SCHEMA = pa.schema([("id", pa.string()), ("weight", pa.float32())])
+
+
+class WeightsEntry(BaseModel):
+    """What a manifest says of its version's weights.
+
+    files: those of ``folder``, relative to the memory, with the SHA-256 of each.
+    settings: how the weights came about. removed, weighted: how many items have weight
+    0, and how many another weight than 0 and 1. base_version, base_digest: the version
+    without weights that this one is made from, and its content digest.
+    """
+
+    folder: str
+    files: dict[str, str]
+    settings: dict[str, Any]
+    removed: int
+    weighted: int
+    base_version: str
+    base_digest: str
+
+    def file(self, partition: int) -> str:
+        """The table of a partition, relative to the memory."""
+        return file_name(self.folder, partition)
+
+
+def file_name(folder: str, partition: int) -> str:
+    return f"{folder}/partition-{partition:05d}.parquet"
+
+
+def read(root: str, entry: WeightsEntry, partition: int) -> pa.Table:
+    """Reads the table of one partition. Raises VisualMemoryError if it is damaged."""
+    name = entry.file(partition)
+    path = storage.join(root, name)
+    data = storage.read_bytes(path) if storage.exists(path) else b""
+    if hashlib.sha256(data).hexdigest() != entry.files.get(name):
+        raise VisualMemoryError(
+            f"the weights in {path} are missing or damaged: they are not what the manifest says. "
+            "Restore the file, or take the weights back with visual-memory prune --undo"
+        )
+    return pq.read_table(pa.BufferReader(data), schema=WEIGHTS_SCHEMA)
+
+
+def apply(partition: Partition, table: pa.Table) -> Partition:
+    """The partition with weights, and without the removed rows: its search never finds them.
+
+    table: of WEIGHTS_SCHEMA; every id is in the partition. Raises VisualMemoryError.
+    """
+    members = partition.members
+    places = pc.index_in(table["id"], value_set=members.names)
+    if places.null_count:
+        strange = table["id"].filter(pc.is_null(places))[0].as_py()
+        raise VisualMemoryError(
+            f"the weights name {places.null_count:,} items that are not in their partition, such "
+            f"as {strange!r}: they belong to another version. Prune the memory again"
+        )
+    weights = np.ones(len(members), np.float32)
+    weights[places.to_numpy()] = table["weight"].to_numpy()
+    removed = weights == 0
+    search = without(partition.search, removed) if removed.any() else partition.search
+    return Partition(members, search, weights)
+
+
+def without(search: TopK, removed: np.ndarray) -> TopK:
+    """A search that leaves out some rows and still finds k others where there are so many.
+
+    removed: (N,) bool, over all rows that ``search`` knows.
+    """
+    count, kept = len(removed), int((~removed).sum())
+    # One row more, never kept: row -1, where nothing was found, looks up the last.
+    usable = np.append(~removed, False)
+
+    def kept_only(queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        rows = np.full((len(queries), k), -1, np.int64)
+        distances = np.full((len(queries), k), np.inf, np.float32)
+        wanted = min(k, kept)
+        short = np.arange(len(queries) if wanted else 0)
+        # Twice what falls to the removed rows on average: few queries come short.
+        width = k + 2 * math.ceil(k * (count - kept) / max(1, kept)) + 8
+        while len(short):
+            width = min(width, count)
+            found, found_distances = search(queries[short], width)
+            keep = usable[found]
+            enough = keep.sum(axis=1) >= wanted
+            # Nothing more comes of a wider search that has seen all it can.
+            done = enough | (found[:, -1] < 0) | (width == count)
+            order = np.argsort(~keep[done], axis=1, kind="stable")[:, :k]
+            keep = np.take_along_axis(keep[done], order, axis=1)
+            columns = slice(0, order.shape[1])
+            rows[short[done], columns] = np.where(
+                keep, np.take_along_axis(found[done], order, axis=1), -1
+            )
+            distances[short[done], columns] = np.where(
+                keep, np.take_along_axis(found_distances[done], order, axis=1), np.inf
+            )
+            short, width = short[~done], 2 * width
+        return rows, distances
+
+    return kept_only
