@@ -33,6 +33,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from itertools import product
 from pathlib import Path
 from statistics import median
@@ -42,7 +43,10 @@ import numpy as np
 
 from benchmarks.mixture import HELD_OUT, Mixture
 from vm_core.index.exact import top_k
+from vm_core.partitions import Partition
+from vm_core.records import EmbeddingBlock
 from vm_core.report.plots import Scale
+from vm_core.search import Searcher
 
 K, ROUNDS = 100, 3
 BOUNDS = (0.95, 0.99)
@@ -114,12 +118,11 @@ def scann(data: Data, threads: int) -> Iterator[tuple[str, Search]]:
     )
     searcher.set_num_threads(threads)
     for leaves, reorder in product(data.steps(), REORDERS):
-        yield (
-            f"leaves={leaves} reorder={reorder}",
-            lambda leaves=leaves, reorder=reorder: searcher.search_batched_parallel(
-                data.queries, K, reorder, leaves
-            )[0].astype(np.int64),
-        )
+
+        def search(leaves: int = leaves, reorder: int = reorder) -> np.ndarray:
+            return searcher.search_batched_parallel(data.queries, K, reorder, leaves)[0]
+
+        yield f"leaves={leaves} reorder={reorder}", search
 
 
 def faiss(data: Data, threads: int) -> Iterator[tuple[str, Search]]:
@@ -137,8 +140,8 @@ def faiss(data: Data, threads: int) -> Iterator[tuple[str, Search]]:
     for leaves, reorder in product(data.steps(), REORDERS):
 
         def search(leaves: int = leaves, reorder: int = reorder) -> np.ndarray:
-            inner = faiss.SearchParametersIVF(nprobe=leaves)
-            parameters = faiss.IndexRefineSearchParameters(
+            inner = faiss.SearchParametersIVF(nprobe=leaves)  # type: ignore[call-arg]
+            parameters = faiss.IndexRefineSearchParameters(  # type: ignore[call-arg]
                 k_factor=reorder / K, base_index_params=inner
             )
             return index.search(data.queries, K, params=parameters)[1]
@@ -167,8 +170,6 @@ def hnswlib(data: Data, threads: int) -> Iterator[tuple[str, Search]]:
 def routed(data: Data, threads: int, partitions: int) -> Iterator[tuple[str, Search]]:
     from benchmarks import synthetic
     from vm_core.index import scann as ours
-    from vm_core.partitions import Partition
-    from vm_core.search import Searcher
 
     rows, dimension = data.base.shape
     settings: dict[str, Any] = {"target_recall": BOUNDS[0], "training_threads": threads}
@@ -181,15 +182,16 @@ def routed(data: Data, threads: int, partitions: int) -> Iterator[tuple[str, Sea
     )
     queries = synthetic.queries(len(data.queries), dimension)
 
-    self_tuned = memory.searcher()
-    yield SELF_TUNED, lambda: self_tuned(queries, K).ids
+    yield SELF_TUNED, partial(_ids, memory.searcher(), queries)
     opened = [memory.open_partition(number) for number in range(len(memory.manifest.partitions))]
     loaded = [
         ours.load(memory.path(entry.folder)) if entry.index.kind == "scann" else None
         for entry in memory.manifest.partitions
     ]
     probes = [n for n in (1, 2, 4) if n <= partitions]
-    for visited, leaves, reorder in product(probes, data.steps(), REORDERS):
+    # A partition has fewer rows, and so fewer of its leaves need to be searched.
+    steps = [step for step in data.steps() if partitions == 1 or step <= 64]
+    for visited, leaves, reorder in product(probes, steps, REORDERS):
 
         def opened_with(number: int, leaves: int = leaves, reorder: int = reorder) -> Partition:
             pair = loaded[number]
@@ -200,10 +202,12 @@ def routed(data: Data, threads: int, partitions: int) -> Iterator[tuple[str, Sea
             return Partition(members, ours.searching(pair[0], members.vectors, tuned))
 
         searcher = Searcher(memory.router(visited), opened_with)
-        yield (
-            f"probes={visited} leaves={leaves} reorder={reorder}",
-            lambda searcher=searcher: searcher(queries, K).ids,
-        )
+        setting = f"probes={visited} leaves={leaves} reorder={reorder}"
+        yield setting, partial(_ids, searcher, queries)
+
+
+def _ids(searcher: Searcher, queries: EmbeddingBlock) -> np.ndarray:
+    return searcher(queries, K).ids
 
 
 PEERS: dict[str, Callable[[Data, int], Iterator[tuple[str, Search]]]] = {
@@ -323,11 +327,8 @@ def chart(points_of: dict[str, list[Point]], title: str) -> str:
     for decade in decades:
         at = y(10.0**decade)
         lines.append(f'<path d="M{_LEFT},{at}H{_RIGHT}" stroke="#dddddd"/>')
-        lines.append(
-            f'<text x="{_LEFT - 8}" y="{at + 4}" text-anchor="end">{10**decade:,}</text>'
-            if decade >= 0
-            else f'<text x="{_LEFT - 8}" y="{at + 4}" text-anchor="end">{10.0**decade:g}</text>'
-        )
+        said = f"{10.0**decade:,.10g}"
+        lines.append(f'<text x="{_LEFT - 8}" y="{at + 4}" text-anchor="end">{said}</text>')
     lines.append(f'<text x="{_LEFT}" y="{_HEIGHT - 8}">recall@{K} (misses on a log scale)</text>')
     lines.append(f'<text x="{_LEFT}" y="{_TOP - 8}">queries a second</text>')
     labels = sorted((place(front[-1])[1], peer) for peer, front in fronts.items())
@@ -385,21 +386,9 @@ def main() -> None:
     arguments.chart.write_text(chart(points_of, title))
     print(f"chart: {arguments.chart}")
 
-    def best(peer: str, bound: float = BOUNDS[0]) -> Point | None:
-        return fastest(points_of.get(peer, []), bound)
-
     def ratio(peer: str) -> float | None:
-        ours, plain = best(peer), best("scann")
+        ours, plain = (fastest(points_of.get(each, []), BOUNDS[0]) for each in (peer, "scann"))
         return round(ours.queries_per_s / plain.queries_per_s, 2) if ours and plain else None
-
-    def rounded(point: Point | None) -> dict[str, Any] | None:
-        if point is None:
-            return None
-        return {
-            "setting": point.setting,
-            "recall": round(point.recall, 4),
-            "queries_per_s": round(point.queries_per_s),
-        }
 
     print(
         json.dumps(
@@ -408,20 +397,7 @@ def main() -> None:
                 "ratio": ratio("routed-1"),
                 "peer": f"one plain ScaNN searcher, queries a second at recall@{K} >= {BOUNDS[0]}",
                 "ratio_8": ratio("routed-8"),
-                "results": {
-                    peer: {
-                        **{str(bound): rounded(best(peer, bound)) for bound in BOUNDS},
-                        **{
-                            "self_tuned": rounded(point)
-                            for point in points_of[peer]
-                            if point.setting == SELF_TUNED
-                        },
-                        "build_s": round(result["build_s"], 1),
-                    }
-                    if "error" not in result
-                    else {"error": result["error"]}
-                    for peer, result in results.items()
-                },
+                "results": {peer: reported(result) for peer, result in results.items()},
                 "rows": arguments.rows,
                 "dimension": arguments.dimension,
                 "queries": arguments.queries,
@@ -430,6 +406,28 @@ def main() -> None:
             }
         )
     )
+
+
+def reported(result: dict[str, Any]) -> dict[str, Any]:
+    """A peer's result as the last line has it."""
+    if "error" in result:
+        return result
+    chosen = {str(bound): fastest(result["points"], bound) for bound in BOUNDS}
+    for point in result["points"]:
+        if point.setting == SELF_TUNED:
+            chosen["self_tuned"] = point
+    return {
+        "build_s": round(result["build_s"], 1),
+        **{
+            name: point
+            and {
+                "setting": point.setting,
+                "recall": round(point.recall, 4),
+                "queries_per_s": round(point.queries_per_s),
+            }
+            for name, point in chosen.items()
+        },
+    }
 
 
 def summary(peer: str, result: dict[str, Any]) -> str:

@@ -18,6 +18,7 @@ from pipelines import commands, running
 from vm_core import config, leave_one_out, score_tables
 from vm_core.errors import VisualMemoryError
 from vm_core.leave_one_out import LeaveOneOutConfig, LeaveOneOutPlan
+from vm_core.memory import Memory
 
 
 def define_pipeline(root: beam.Pipeline, plan: LeaveOneOutPlan) -> None:
@@ -65,16 +66,24 @@ def _score_partition(plan: LeaveOneOutPlan, number: int, searched: Iterable[int]
     return leave_one_out.score_partition(plan, number, others)
 
 
-def run(configuration: LeaveOneOutConfig, beam_arguments: Sequence[str] = ()) -> dict[str, Any]:
-    """Makes the scores, or finds them made; returns what scores.json holds."""
-    plan = leave_one_out.plan_scores(configuration)
+def run(
+    configuration: LeaveOneOutConfig,
+    beam_arguments: Sequence[str] = (),
+    memory: Memory | None = None,
+) -> dict[str, Any]:
+    """Makes the scores, or finds them made; returns what scores.json holds.
+
+    memory: the opened memory, where it is not as the configuration would open it.
+    """
+    memory = memory or Memory(configuration.memory, configuration.version)
+    plan = leave_one_out.plan_scores(memory, configuration)
     results = score_tables.finished_scores(plan)
     if results is None:
         items, shards = int(plan.first_rows[-1]), len(plan.first_rows) - 1
         running.run(
             lambda root: define_pipeline(root, plan),
             beam_arguments,
-            {"search": items, "score": items, "write": shards},
+            {"search": items, "visit": None, "score": items, "write": shards},
         )
         results = score_tables.finished_scores(plan)
     if results is None:

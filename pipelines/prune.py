@@ -88,7 +88,7 @@ def _leave_one_out(
     scoring = plugins.validate(
         LeaveOneOutConfig, configuration.leave_one_out_settings | settings, "leave_one_out"
     )
-    results = leave_one_out.run(scoring, beam_arguments)
+    results = leave_one_out.run(scoring, beam_arguments, base)
     return pruning.scores_of(read_scores(base, results["fingerprint"]), configuration.column)
 
 

@@ -210,7 +210,7 @@ class Estimate:
             copies += self.c.sample_copies * self.leaf_sample(rows)
             copies += 0 if self.item_bytes == 4 else rows
             held = max(held, rows * self.d * self.item_bytes + 4 * self.d * copies)
-        return self.c.process_bytes + held + self.in_python(rows)
+        return self.c.process_bytes + self.c.working_bytes + held + self.in_python(rows)
 
     def search_memory(self) -> float:
         """One process that searches, with the largest partition open, or all up to 4 GiB.
@@ -222,7 +222,8 @@ class Estimate:
         if self.scann:
             each = self.d * (REORDER_BYTES[self.w.reorder] + 0.75) + 4
         each += self.in_python(1)
-        return self.c.process_bytes + max(self.largest_rows * each, min(self.kept * each, _CACHE))
+        opened = max(self.largest_rows * each, min(self.kept * each, _CACHE))
+        return self.c.process_bytes + self.c.working_bytes + opened
 
     def shard_memory(self) -> float:
         """One process that has a shard: its rows as float32, as stored, and sorted."""
@@ -262,7 +263,7 @@ class Estimate:
     def encode(self, name: str, images: int) -> Stage:
         """Read, decode, encode; what is encoded is kept as a checkpoint, then shuffled."""
         kept = images * (4 * self.d + self.c.id_bytes + self.c.record_bytes)
-        core_seconds = images / self.c.decode_images_per_s
+        core_seconds = images * self.c.image_bytes / self.c.decode_bytes_per_s
         core_seconds += kept / self.c.shard_write_bytes_per_s
         accelerator_seconds = 0.0
         if self.worker.accelerator is None:
@@ -276,7 +277,7 @@ class Estimate:
             core_seconds,
             tasks=math.ceil(images / 512),
             memory_bytes=self.c.process_bytes * 2,
-            constants=("decode_images_per_s", "image_bytes", *self.encoder_constants),
+            constants=("decode_bytes_per_s", "image_bytes", *self.encoder_constants),
             accelerator_seconds=accelerator_seconds,
             read_bytes=images * self.c.image_bytes,
             written_bytes=kept,

@@ -150,12 +150,7 @@ class LeaveOneOutPlan:
         return self.path(f"items-{shard:05d}-of-{len(self.first_rows) - 1:05d}.parquet")
 
 
-def plan_scores(config: LeaveOneOutConfig) -> LeaveOneOutPlan:
-    """Opens the memory. Raises VisualMemoryError."""
-    return plan_for(Memory(config.memory, config.version), config)
-
-
-def plan_for(memory: Memory, config: LeaveOneOutConfig) -> LeaveOneOutPlan:
+def plan_scores(memory: Memory, config: LeaveOneOutConfig) -> LeaveOneOutPlan:
     """The plan for an opened memory."""
     probes = memory.router().probes
     identity = {
@@ -251,6 +246,7 @@ def search_visitors(plan: LeaveOneOutPlan, number: int, sources: Iterable[int]) 
                         "correct": found.correct[query, column],
                     },
                 )
+                report("visit", len(queries))
     return number
 
 

@@ -24,6 +24,8 @@ from vm_core.index import Index, TopK
 from vm_core.records import strings
 from vm_core.shard_rows import DTYPES
 
+_ROWS, _VECTORS = "rows.parquet", "vectors.npy"
+
 ROWS_SCHEMA = pa.schema(
     [("row", pa.int64()), ("id", pa.string()), ("label", pa.int64()), ("home", pa.bool_())]
 )
@@ -97,28 +99,31 @@ def write(folder: str, members: Members) -> None:
     table = pa.table(
         [members.rows, members.names, members.labels, members.home], schema=ROWS_SCHEMA
     )
-    pq.write_table(table, os.path.join(folder, "rows.parquet"))
+    pq.write_table(table, os.path.join(folder, _ROWS))
     vectors = members.vectors
     if vectors.dtype == DTYPES["bfloat16"]:
         vectors = vectors.view(np.uint16)  # NumPy's file format has no name for bfloat16
-    np.save(os.path.join(folder, "vectors.npy"), vectors)
+    np.save(os.path.join(folder, _VECTORS), vectors)
 
 
 def read_members(folder: str) -> Members:
     """Reads the members of a partition from any storage; local vectors are mapped."""
-    with storage.local_copy(folder) as local:
-        return _read_members(local)
+    with (
+        storage.local_copy(storage.join(folder, _ROWS)) as rows,
+        storage.local_copy(storage.join(folder, _VECTORS)) as vectors,
+    ):
+        return _read_members(rows, vectors)
 
 
 def open_partition(folder: str, index: Index) -> Partition:
     """Opens a partition with its index, from any storage."""
     with storage.local_copy(folder) as local:
-        members = _read_members(local)
+        members = _read_members(os.path.join(local, _ROWS), os.path.join(local, _VECTORS))
         return Partition(members, index.open(members.vectors, local))
 
 
-def _read_members(folder: str) -> Members:
-    table = pq.read_table(os.path.join(folder, "rows.parquet"), schema=ROWS_SCHEMA)
+def _read_members(rows: str, vectors: str) -> Members:
+    table = pq.read_table(rows, schema=ROWS_SCHEMA)
     table = table.combine_chunks()
     names = table["id"]
     return Members(
@@ -126,11 +131,15 @@ def _read_members(folder: str) -> Members:
         names.chunk(0) if names.num_chunks else pa.array([], pa.string()),
         table["label"].to_numpy(),
         table["home"].to_numpy(),
-        map_vectors(folder),
+        _map(vectors),
     )
 
 
 def map_vectors(folder: str) -> np.ndarray:
     """The (N, D) vectors of a partition in a local folder, mapped; they outlive the folder."""
-    vectors = np.load(os.path.join(folder, "vectors.npy"), mmap_mode="r")
+    return _map(os.path.join(folder, _VECTORS))
+
+
+def _map(path: str) -> np.ndarray:
+    vectors = np.load(path, mmap_mode="r")
     return vectors.view(DTYPES["bfloat16"]) if vectors.dtype == np.uint16 else vectors

@@ -154,7 +154,7 @@ def run(plan: LeaveOneOutPlan) -> dict[str, Any]:
 
 
 def plan_for(memory: Any, **settings: Any) -> LeaveOneOutPlan:
-    return leave_one_out.plan_for(memory, config(**settings))
+    return leave_one_out.plan_scores(memory, config(**settings))
 
 
 def scores(memory: Any, results: dict[str, Any]) -> pa.Table:

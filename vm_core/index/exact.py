@@ -188,7 +188,7 @@ def _products(
 def _float32(block: np.ndarray) -> np.ndarray:
     if block.dtype != np.float16:
         return np.ascontiguousarray(block, np.float32)
-    # Three times as fast as NumPy, for finite numbers: shift exponent and fraction to where
+    # Twice as fast as NumPy, for finite numbers: shift exponent and fraction to where
     # float32 has them, drop the copies of the sign, make up for the exponents' other zero.
     bits = np.left_shift(block.view(np.int16), np.int32(13), dtype=np.int32, order="C")
     bits &= np.int32(-0x70002000)
@@ -284,10 +284,10 @@ def _rank(
     products: (Q, count) float32 of the candidates; no row beside them has a higher one.
     """
     tolerance = _tolerance(vectors.shape[1])
-    # Every row whose distance could be among the k nearest, and rarely one more.
+    # Few but the k nearest can be nearest once the rounding is undone. Distances end at 0.
     order = np.argsort(-products, axis=1)
     products = np.take_along_axis(products, order, axis=1)
-    kth = products[:, k - 1].astype(np.float64)
+    kth = np.minimum(products[:, k - 1].astype(np.float64), 1.0)
     needed = max(k, (products >= (kth - 2 * tolerance)[:, None]).sum(axis=1).max())
     some = np.sort(np.take_along_axis(candidates, order[:, :needed], axis=1), axis=1)
     rows, nearest = _nearest(some, _distances(queries, vectors, some), k)

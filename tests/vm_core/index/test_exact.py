@@ -1,12 +1,19 @@
 """Exact search against brute force in float64."""
 
+import sys
+import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from threadpoolctl import threadpool_info, threadpool_limits
 
-from vm_core.index import exact
+from vm_core.errors import VisualMemoryError
+from vm_core.index import exact, parse
 from vm_core.index.exact import top_k
+from vm_core.shard_rows import DTYPES
 
 
 def unit(rows: np.ndarray) -> np.ndarray:
@@ -116,5 +123,183 @@ def test_distances_stay_within_bounds():
     assert 0 <= distances[0, 0] < 1e-6 and 2 - 1e-6 < distances[0, 1] <= 2 + 1e-6
 
 
+WAYS = {
+    "alone": {"_PRODUCTS": 500},
+    "queries shared out": {"_SMALL": 0, "_FEW_QUERIES": 0, "_PRODUCTS": 70, "_QUERIES": 2},
+    "rows shared out": {"_SMALL": 0, "_FEW_QUERIES": 100, "_PRODUCTS": 300},
+    "few values at a time": {"_SMALL": 0, "_VALUES": 40, "_PAIRS": 30},
+    "tensorflow": {"_DEVICE_QUERIES": 4, "_DEVICE_VALUES": 600},
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@settings(deadline=None, max_examples=30)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    rows=st.integers(0, 300),
+    queries=st.integers(0, 9),
+    k=st.sampled_from([1, 5, 50, 320]),
+    dimension=st.sampled_from([1, 3, 16, 65]),
+    spread=st.sampled_from([0.0, 1e-7, 1e-4, 1.0]),
+    dtype=st.sampled_from(sorted(DTYPES)),
+)
+def test_every_way_of_searching_gives_the_same_bits(
+    way, seed, rows, queries, k, dimension, spread, dtype
+):
+    everything = clustered(seed, rows + queries, dimension, spread)
+    vectors, wanted = everything[:rows].astype(DTYPES[dtype]), everything[rows:]
+    backend = "tensorflow" if way == "tensorflow" else "numpy"
+    with pytest.MonkeyPatch.context() as patch, threadpool_limits(3, "blas"):
+        for name, value in WAYS[way].items():
+            patch.setattr(exact, name, value)
+        found, distances = top_k(wanted, vectors, k, backend)
+    expected, expected_distances = brute_force(wanted, vectors, k)
+    np.testing.assert_array_equal(found, expected)
+    np.testing.assert_array_equal(distances, expected_distances)
+
+
+def test_every_float16_becomes_the_same_number_in_float32():
+    every = np.arange(2**16, dtype=np.uint16).view(np.float16)
+    every = every[np.isfinite(every)].reshape(-1, 32)
+    for stored in (every, every[::3], every[::-1, ::2]):
+        np.testing.assert_array_equal(exact._float32(stored), stored.astype(np.float32))
+
+
+def peak(search) -> int:
+    """The most bytes that a search holds at a time."""
+    tracemalloc.start()
+    try:
+        search()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+def test_products_over_one_are_ties():
+    """Stored rows are not quite of unit length; distances end at 0, and then the row counts."""
+    vectors = np.repeat(clustered(19, 1, 48, 1.0), 300, axis=0)
+    query = vectors[:1].copy()
+    vectors *= np.random.default_rng(20).uniform(0.999, 1.001, (300, 1)).astype(np.float32)
+    found, distances = top_k(query, vectors, 20)
+    expected, expected_distances = brute_force(query, vectors, 20)
+    np.testing.assert_array_equal(found, expected)
+    np.testing.assert_array_equal(distances, expected_distances)
+    assert not distances.any()
+
+
+def test_rows_of_ascending_similarity_that_all_pass_the_threshold():
+    query = clustered(9, 1, 16, 1.0)
+    vectors = clustered(10, 40_000, 16, 1.0)
+    vectors = vectors[np.argsort(vectors @ query[0])]
+    wanted = unit(query + 1e-3 * clustered(11, 300, 16, 1.0))
+    found, distances = top_k(wanted, vectors, 50)
+    expected, expected_distances = brute_force(wanted[:3], vectors, 50)
+    np.testing.assert_array_equal(found[:3], expected)
+    np.testing.assert_array_equal(distances[:3], expected_distances)
+
+
+@pytest.mark.parametrize("k", [10, 3_000])
+def test_memory_is_bounded_whatever_the_rows(k, tmp_path, monkeypatch):
+    monkeypatch.setattr(exact, "_PRODUCTS", 2**15)
+    monkeypatch.setattr(exact, "_VALUES", 2**17)
+    monkeypatch.setattr(exact, "_SMALL", 0)
+    few, dimension = 8_000, 64
+    vectors = clustered(12, 5 * few, dimension, 1.0)
+    query = vectors[7]
+    vectors = vectors[np.argsort(vectors @ query)].astype(np.float16)
+    np.save(tmp_path / "vectors.npy", vectors)
+    mapped = np.load(tmp_path / "vectors.npy", mmap_mode="r")
+    wanted = np.repeat(query[None], 100, axis=0)
+    with threadpool_limits(2, "blas"):
+        small = peak(lambda: top_k(wanted, mapped[:few], k))
+        large = peak(lambda: top_k(wanted, mapped, k))
+    assert large < 1.5 * small + 2**20
+
+
+def test_many_neighbours():
+    vectors = clustered(13, 12_000, 24, 0.3)
+    wanted = clustered(13, 40, 24, 0.3)
+    found, distances = top_k(wanted, vectors, 10_000)
+    expected, expected_distances = brute_force(wanted[:2], vectors, 10_000)
+    np.testing.assert_array_equal(found[:2], expected)
+    np.testing.assert_array_equal(distances[:2], expected_distances)
+
+
+def blas_threads() -> list[int]:
+    return [
+        library["num_threads"] for library in threadpool_info() if library["user_api"] == "blas"
+    ]
+
+
+def test_searches_at_once_leave_blas_as_it_was(monkeypatch):
+    monkeypatch.setattr(exact, "_SMALL", 0)
+    vectors = clustered(14, 3_000, 32, 1.0)
+    expected, _ = top_k(vectors[:200], vectors, 5)
+    with threadpool_limits(2, "blas"):
+        before = blas_threads()
+        with ThreadPoolExecutor(4) as pool:
+            for found, _ in pool.map(lambda _: top_k(vectors[:200], vectors, 5), range(12)):
+                np.testing.assert_array_equal(found, expected)
+        assert blas_threads() == before
+    with pytest.raises(ValueError):
+        top_k(vectors[:200, :7], vectors, 5)  # an error does not leave it otherwise either
+    assert set(blas_threads()) != {1} or before == [1]
+
+
+def test_a_process_held_to_one_thread_stays_so(monkeypatch):
+    monkeypatch.setattr(exact, "_SMALL", 0)
+    vectors = clustered(15, 500, 8, 1.0)
+    with threadpool_limits(1, "blas"):
+        with exact._blas_of_one_thread as threads:
+            assert threads == 1
+        top_k(vectors[:3], vectors, 5)
+        assert set(blas_threads()) == {1}
+
+
+def test_products_of_less_precision_than_float32_are_refused(monkeypatch):
+    import ml_dtypes
+
+    vectors = clustered(16, 400, 32, 1.0)
+    honest = exact._device_candidates
+
+    def coarse(queries, vectors, count):
+        return honest(queries.astype(ml_dtypes.bfloat16).astype(np.float32), vectors, count)
+
+    monkeypatch.setattr(exact, "_device_candidates", coarse)
+    with pytest.raises(VisualMemoryError, match="off by .* allows 1.3e-06.*backend: numpy"):
+        top_k(vectors[:20], vectors, 5, "tensorflow")
+
+
+def test_tensorflow_keeps_its_setting_of_precision():
+    import tensorflow as tf
+
+    vectors = clustered(17, 400, 32, 1.0)
+    top_k(vectors[:20], vectors, 5, "tensorflow")
+    assert tf.config.experimental.tensor_float_32_execution_enabled()
+
+
+def test_a_missing_tensorflow_is_reported_when_the_index_is_opened(monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorflow", None)
+    vectors = clustered(18, 40, 4, 1.0)
+    with pytest.raises(VisualMemoryError, match="Install tensorflow or write backend: numpy"):
+        exact.Plugin(backend="tensorflow").open(vectors, "")
+    found, _ = exact.Plugin().open(vectors, "")(vectors[:3], 1)
+    np.testing.assert_array_equal(found, [[0], [1], [2]])
+
+
+def test_tensorflow_is_chosen_only_where_it_has_a_gpu(monkeypatch):
+    import tensorflow as tf
+
+    monkeypatch.setattr(tf.config, "list_physical_devices", lambda kind: [])
+    assert exact._fastest() == "numpy"
+    monkeypatch.setattr(tf.config, "list_physical_devices", lambda kind: [kind])
+    assert exact._fastest() == "tensorflow"
+    monkeypatch.delitem(sys.modules, "tensorflow")
+    monkeypatch.setattr(exact.glob, "glob", lambda pattern: [])
+    assert exact._fastest() == "numpy" and "tensorflow" not in sys.modules
+
+
 def test_settings():
     assert exact.Plugin().choose(10**9).kind == "exact"
+    with pytest.raises(VisualMemoryError, match="backend = 'jax'"):
+        parse({"kind": "exact", "backend": "jax"})
