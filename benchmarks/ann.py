@@ -188,10 +188,11 @@ def routed(data: Data, threads: int, partitions: int) -> Iterator[tuple[str, Sea
         ours.load(memory.path(entry.folder)) if entry.index.kind == "scann" else None
         for entry in memory.manifest.partitions
     ]
-    probes = [n for n in (1, 2, 4) if n <= partitions]
-    # A partition has fewer rows, and so fewer of its leaves need to be searched.
-    steps = [step for step in data.steps() if partitions == 1 or step <= 64]
-    for visited, leaves, reorder in product(probes, steps, REORDERS):
+    probes = [n for n in (1, 2, 4, 8) if n <= partitions]
+    steps, reorders = data.steps(), REORDERS
+    if partitions > 1:  # a third choice instead of more of the first two
+        steps, reorders = [step for step in steps if step <= 64], REORDERS[::2]
+    for visited, leaves, reorder in product(probes, steps, reorders):
 
         def opened_with(number: int, leaves: int = leaves, reorder: int = reorder) -> Partition:
             pair = loaded[number]

@@ -31,7 +31,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -84,7 +84,7 @@ def seconds(
     return statistics.median(times)
 
 
-def parts_of(costs: list[float], *factors: list[float]) -> list[float]:
+def parts_of(costs: Sequence[float], *factors: Sequence[float]) -> list[float]:
     """Non-negative weights with which the factors add up to the costs, relative errors least."""
     matrix = np.array(factors, float).T / np.array(costs)[:, None]
     scale = matrix.max(axis=0)
@@ -345,6 +345,10 @@ def calibrate(folder: str, with_encoder: bool = True) -> Constants:
 
 def peak_bytes() -> float:
     """The most memory that this process has had."""
+    with contextlib.suppress(OSError, StopIteration):
+        # Unlike getrusage, this does not count what the parent had before it forked.
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return 1024.0 * int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return float(peak * (1 if sys.platform == "darwin" else 1024))
 
@@ -384,7 +388,12 @@ def main() -> None:
             check(constants, sizes, options.dimension, folder)
         else:
             measured = {name: getattr(constants, name) for name in sorted(constants.measured)}
-            summary = {"name": "calibrate", "ratio": None, "peer": None, "constants": measured}
+            summary: dict[str, Any] = {
+                "name": "calibrate",
+                "ratio": None,
+                "peer": None,
+                "constants": measured,
+            }
             summary["seconds"] = round(time.perf_counter() - start, 1)
             print(json.dumps({**summary, "machine": constants.machine}))
 

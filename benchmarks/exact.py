@@ -5,7 +5,9 @@
 Rows and queries are unit vectors in 1,000 clusters, made up from a fixed seed. Every peer
 runs in a process of its own, as one's waiting threads would slow another down, on the same
 file of vectors. The processes are started once each and take turns, ROUNDS times; those
-that wait are stopped. Medians count.
+that wait are stopped. Medians count. The OpenBLAS inside faiss may not know a new CPU and
+then falls back to kernels at a fraction of the speed, so all
+are told to use the kernels that NumPy's OpenBLAS has chosen.
 
 ratio: our queries per second / faiss's. ratio_sgemm: our rate / that of NumPy's product
 alone, in blocks of 8,192 rows, with as many threads. float16: vectors stored so, converted
@@ -30,11 +32,13 @@ from collections.abc import Callable
 from statistics import median
 
 import numpy as np
+from threadpoolctl import threadpool_info
 
 from vm_core.index.exact import top_k
 
 ROUNDS = 5
 PEERS = ("exact", "faiss", "sgemm", "float16")
+KERNELS = "OPENBLAS_CORETYPE"
 
 
 def clustered(rng: np.random.Generator, centres: np.ndarray, rows: int) -> np.ndarray:
@@ -83,13 +87,19 @@ def serve(peer: str, folder: str, k: int) -> None:
         print(time.perf_counter() - start, flush=True)
 
 
+def kernels() -> dict[str, str]:
+    """The environment in which every OpenBLAS uses the kernels that NumPy's has chosen."""
+    chosen = [one.get("architecture") for one in threadpool_info() if one["user_api"] == "blas"]
+    return {KERNELS: chosen[0], **os.environ} if chosen and chosen[0] else dict(os.environ)
+
+
 class Peer:
     """A process that serves; stopped while it has nothing to do."""
 
     def __init__(self, name: str, folder: str, k: int):
         command = [sys.executable, "-m", "benchmarks.exact", "--serve", name, folder, "--k", str(k)]
         self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=kernels()
         )
         self._answer()
 
@@ -121,9 +131,10 @@ def main() -> None:
     parser.add_argument("--serve", nargs=2, metavar=("PEER", "FOLDER"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.serve:
-        serve(*args.serve, args.k)
+        peer, folder = args.serve
+        serve(peer, folder, args.k)
         return
-    peers: dict[str, Peer] = {}
+    running: dict[str, Peer] = {}
     times: dict[str, list[float]] = {name: [] for name in PEERS}
     with tempfile.TemporaryDirectory() as folder:
         rng = np.random.default_rng(0)
@@ -132,13 +143,13 @@ def main() -> None:
             np.save(os.path.join(folder, name), clustered(rng, centres, rows))
         try:
             for name in PEERS:
-                peers[name] = Peer(name, folder, args.k)
+                running[name] = Peer(name, folder, args.k)
             for _ in range(args.rounds):
                 for name in PEERS:
-                    times[name].append(peers[name].seconds())
+                    times[name].append(running[name].seconds())
         finally:
-            for peer in peers.values():
-                peer.end()
+            for process in running.values():
+                process.end()
         ours, theirs = (np.load(os.path.join(folder, f"{name}.npy")) for name in PEERS[:2])
     same = np.mean([np.isin(a, b).mean() for a, b in zip(theirs, ours, strict=True)])
     seconds = {name: median(some) for name, some in times.items()}

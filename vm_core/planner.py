@@ -98,7 +98,7 @@ def _placed(stage: Stage, workload: Workload, constants: Constants, worker: Work
         raise VisualMemoryError(
             f"{stage.name} needs {stage.memory_bytes / 1e9:,.1f} GB for one task; of the "
             f"{worker.memory_bytes / 1e9:,.1f} GB of {worker.name}, {_USABLE_MEMORY:.0%} are "
-            "counted on. Take a worker with more memory or fewer rows per partition"
+            f"counted on. Take a worker with more memory or {_remedy(stage)}"
         )
     at_once = 1 if stage.shares_cores else max(1, min(worker.cores, room, stage.tasks))
     cores = worker.cores if stage.shares_cores else at_once
@@ -127,6 +127,15 @@ def _placed(stage: Stage, workload: Workload, constants: Constants, worker: Work
         tuple(name for name in used if name in constants.measured),
         tuple(name for name in used if name not in constants.measured),
     )
+
+
+def _remedy(stage: Stage) -> str:
+    """What makes a task of this stage need less memory."""
+    if stage.name == "train partitioner":
+        return "more rows per partition, so that there are fewer to train"
+    if stage.shares_cores or stage.name == "build index":
+        return "fewer rows per partition"
+    return "fewer rows per shard"
 
 
 def _together(cores: int, constants: Constants) -> float:

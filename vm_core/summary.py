@@ -28,6 +28,7 @@ def of_memory(memory: Memory, classes: int = 20) -> RenderableType:
         ("encoder", f"{manifest.encoder.path} ({manifest.encoder_fingerprint})"),
         ("shards", f"{len(manifest.shards)}"),
         ("index", _index(manifest)),
+        *_pruning(manifest),
         ("content", manifest.content_digest),
     )
     by_class = Table("class", "images", title="Classes", title_justify="left", box=None)
@@ -59,6 +60,7 @@ def of_build(memory: Memory) -> RenderableType:
         ("memory", f"{memory.root}, version {manifest.version}"),
         ("images", _counts(manifest)),
         ("index", _index(manifest)),
+        *_pruning(manifest),
         ("content", manifest.content_digest),
     )
 
@@ -172,6 +174,19 @@ def _index(manifest: Manifest) -> str:
         if recall.new_classes is not None:
             text += f", new classes @10 {recall.new_classes.recall:.3f}"
     return text
+
+
+def _pruning(manifest: Manifest) -> list[tuple[str, str]]:
+    weights = manifest.weights
+    if weights is None:
+        return []
+    return [
+        (
+            "pruned",
+            f"{weights.removed:,} items removed, {weights.weighted:,} weigh otherwise than 1; "
+            f"made from version {weights.base_version}",
+        )
+    ]
 
 
 def _grid(*rows: tuple[str, str]) -> Table:

@@ -52,7 +52,7 @@ ROUND = Constants(
     build_copies=2.0,
     sample_copies=1.0,
 )
-ONE = Worker("one", 1, 1000 * GB, 1.0, 1 * GB, 1 * GB, request_s=0.0)
+ONE = Worker("one", 1, 100 * GB, 1.0, 1 * GB, 1 * GB, request_s=0.0)
 SMALL = Workload(
     100_000, 100, encoder="mine", queries=1000, k=10, rows_per_shard=10_000, recall_queries=0
 )
@@ -173,6 +173,14 @@ def test_memory_limits_how_many_tasks_run_at_once():
         plan(LARGE, ROUND, dataclasses.replace(eight, memory_bytes=need))
 
 
+def test_too_many_partitions_to_train():
+    workload = dataclasses.replace(LARGE, items=10**9, partitioning=Partitioning(rows=1000))
+    with pytest.raises(VisualMemoryError, match=r"train partitioner needs .* more rows per part"):
+        plan(workload, ROUND, ONE)
+    huge = dataclasses.replace(ONE, memory_bytes=1e15)
+    assert plan(workload, ROUND, huge).cells == 1_500_000
+
+
 def test_the_workers_meet_the_deadline_and_one_fewer_do_not():
     workload = dataclasses.replace(LARGE, deadline_hours=1.5)
     result = plan(workload, ROUND, ONE)
@@ -214,10 +222,11 @@ def test_dimensions_probes_spilling_and_precision(items, dimension, dtype, probe
     workload = Workload(
         items, dimension, dtype, encoder="mine", probes=probes, partitioning=Partitioning()
     )
-    result = plan(workload, ROUND, ONE)
+    huge = dataclasses.replace(ONE, memory_bytes=1e15)
+    result = plan(workload, ROUND, huge)
 
     def seconds(**changes):
-        return plan(dataclasses.replace(workload, **changes), ROUND, ONE).seconds(1)
+        return plan(dataclasses.replace(workload, **changes), ROUND, huge).seconds(1)
 
     assert result.sizes.index > 0 and all(stage.worker_seconds > 0 for stage in result.stages)
     assert seconds(dimension=dimension + 16) > result.seconds(1)

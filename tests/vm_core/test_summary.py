@@ -38,6 +38,7 @@ def memory():
             for kind, count in (("scann", 1_100), ("exact", 100))
         ],
         probes=2,
+        weights=SimpleNamespace(removed=12, weighted=1_034, base_version="000001"),
         recall=Recall(
             queries=9,
             at={10: 0.98765},
@@ -60,6 +61,7 @@ def test_of_memory(memory):
     assert "1,234 read = 1,200 embedded + 30 quarantined + 4 duplicates" in text
     assert "scann, exact; 2 partitions of 100 to 1,100 rows, 2 visited by a query" in text
     assert "recall on 9 held-out queries @10 0.988, worst class @10 0.500" in " ".join(text.split())
+    assert "12 items removed, 1,034 weigh otherwise than 1; made from version 000001" in text
     assert "5.0 GB" in text
     for name in ("[red]roses", "[/bold]", "[/i]flowers", "[/i] damaged", "[/x]memory", "[/]model"):
         assert name in text
