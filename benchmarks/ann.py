@@ -189,9 +189,9 @@ def routed(data: Data, threads: int, partitions: int) -> Iterator[tuple[str, Sea
         for entry in memory.manifest.partitions
     ]
     probes = [n for n in (1, 2, 4, 8) if n <= partitions]
-    steps, reorders = data.steps(), REORDERS
+    steps, reorders = data.steps(), list(REORDERS)
     if partitions > 1:  # a third choice instead of more of the first two
-        steps, reorders = [step for step in steps if step <= 64], REORDERS[::2]
+        steps, reorders = [step for step in steps if step <= 64], reorders[::2]
     for visited, leaves, reorder in product(probes, steps, reorders):
 
         def opened_with(number: int, leaves: int = leaves, reorder: int = reorder) -> Partition:
@@ -300,6 +300,7 @@ def frontier(points: Iterable[Point]) -> list[Point]:
 
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#8a6d00", "#444444")
 _RECALLS = (0.5, 0.8, 0.9, 0.95, 0.99, 0.999)
+_MISSES = 5e-4  # the fewest shown
 _WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 720, 440, 64, 600, 24, 396
 
 
@@ -309,11 +310,11 @@ def chart(points_of: dict[str, list[Point]], title: str) -> str:
     speeds = [point.queries_per_s for front in fronts.values() for point in front]
     decades = range(math.floor(math.log10(min(speeds))), math.ceil(math.log10(max(speeds))) + 1)
     # Misses rather than hits on a logarithmic scale; full recall stands at the right edge.
-    x = Scale(1 - _RECALLS[0], 5e-4, _LEFT, _RIGHT, log=True)
+    x = Scale(_MISSES, 1 - _RECALLS[0], _RIGHT, _LEFT, log=True)
     y = Scale(10.0 ** decades[0], 10.0 ** decades[-1], _BOTTOM, _TOP, log=True)
 
     def place(point: Point) -> tuple[float, float]:
-        return x(min(max(1 - point.recall, 5e-4), 1 - _RECALLS[0])), y(point.queries_per_s)
+        return x(min(max(1 - point.recall, _MISSES), 1 - _RECALLS[0])), y(point.queries_per_s)
 
     lines = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {_HEIGHT}" '

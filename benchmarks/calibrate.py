@@ -164,20 +164,26 @@ def measure_files(folder: str) -> dict[str, float]:
 
 
 def measure_shards(folder: str) -> dict[str, float]:
-    block = mixture_block(40_000, 256)
-    path = os.path.join(folder, "shard")
-    writing = seconds(lambda: write_shard(path, block, FINGERPRINT, "float32"))
-    size = os.path.getsize(path)
-    reading = seconds(lambda: read_shard(path))
-    ids, some = block.ids[:20_000], block.vectors[:20_000]
-    sampling = seconds(lambda: partitioning.sample(ids, some, len(ids), 1, 0))
-    id_bytes = sum(map(len, block.ids)) / len(block)
+    """Shards of short and of long rows, for what a row costs and what its bytes do."""
+    rows, path = 20_000, os.path.join(folder, "shard")
+    writing, reading, sizes = [], [], []
+    for dimension in (64, 512):
+        block = mixture_block(rows, dimension)
+        writing.append(seconds(partial(write_shard, path, block, FINGERPRINT, "float32")))
+        reading.append(seconds(partial(read_shard, path)))
+        sizes.append(os.path.getsize(path))
     os.remove(path)
+    sampling = seconds(lambda: partitioning.sample(block.ids, block.vectors, rows, 1, 0))
+    write_row, write_byte = parts_of(writing, [rows, rows], sizes)
+    read_row, read_byte = parts_of(reading, [rows, rows], sizes)
+    id_bytes = sum(map(len, block.ids)) / rows
     return {
-        "shard_write_bytes_per_s": size / writing,
-        "shard_read_bytes_per_s": size / reading,
-        "record_bytes": size / len(block) - 4 * 256 - id_bytes,
-        "sample_s_per_row": sampling / len(ids),
+        "shard_write_s_per_row": write_row,
+        "shard_write_s_per_byte": write_byte,
+        "shard_read_s_per_row": read_row,
+        "shard_read_s_per_byte": read_byte,
+        "record_bytes": sizes[-1] / rows - 4 * dimension - id_bytes,
+        "sample_s_per_row": sampling / rows,
     }
 
 

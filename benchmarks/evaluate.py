@@ -66,13 +66,13 @@ def measure(folder: str, options: argparse.Namespace) -> dict:
         root = os.path.join(folder, kind)
         memory = synthetic.write_memory(root, options.rows, options.dimension, index={"kind": kind})
         bare, pipeline = [], []
-        for round in range(options.rounds):
+        for turn in range(options.rounds):
             bare.append(timed(["-c", BARE, root, queries, str(K)]))
             pipeline.append(
                 timed(
                     [
                         *("-m", "pipelines.evaluate", "--memory", root, "--embeddings", queries),
-                        *("--output", os.path.join(folder, f"{kind}-{round}"), "--k", str(K)),
+                        *("--output", os.path.join(folder, f"{kind}-{turn}"), "--k", str(K)),
                         *("--set", f"query_shards={WORKERS}"),
                         f"--direct_num_workers={WORKERS}",
                         "--direct_running_mode=multi_processing",

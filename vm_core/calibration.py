@@ -41,8 +41,10 @@ class Constants:
     measured: frozenset[str] = frozenset()
     gflops: float = 90.0  # of a float32 matrix product
     scaling: float = 0.6  # what all cores do together, as a share of so many times one alone
-    shard_write_bytes_per_s: float = 3e8  # serialising and hashing, in memory
-    shard_read_bytes_per_s: float = 8e8  # parsing and checking
+    shard_write_s_per_row: float = 2e-6  # serialising
+    shard_write_s_per_byte: float = 3e-9  # and hashing
+    shard_read_s_per_row: float = 1e-6  # parsing
+    shard_read_s_per_byte: float = 1e-9  # and checking
     disk_read_bytes_per_s: float = 1e9  # of the worker: its own disk
     disk_write_bytes_per_s: float = 5e8
     file_hash_bytes_per_s: float = 1e9  # SHA-256 of the finished index
@@ -152,8 +154,6 @@ DEFAULT = from_measured(
         "search_s": 2.816e-05,
         "search_s_per_dim": 7.26e-08,
         "search_s_per_row_dim": 3.725e-11,
-        "shard_read_bytes_per_s": 603400000.0,
-        "shard_write_bytes_per_s": 222600000.0,
         "vote_s": 6.157e-06,
     },
     "the built-in calibration",

@@ -264,7 +264,7 @@ class Estimate:
         """Read, decode, encode; what is encoded is kept as a checkpoint, then shuffled."""
         kept = images * (4 * self.d + self.c.id_bytes + self.c.record_bytes)
         core_seconds = images * self.c.image_bytes / self.c.decode_bytes_per_s
-        core_seconds += kept / self.c.shard_write_bytes_per_s
+        core_seconds += self.write_seconds(images, kept)
         accelerator_seconds = 0.0
         if self.worker.accelerator is None:
             # A rate that is given is of the planned worker's core, not the calibrated one's.
@@ -284,6 +284,13 @@ class Estimate:
             shuffle_bytes=kept,
             files_opened=images,
         )
+
+    def write_seconds(self, rows: float, stored: float) -> float:
+        return rows * self.c.shard_write_s_per_row + stored * self.c.shard_write_s_per_byte
+
+    def read_seconds(self) -> float:
+        """Of all shards."""
+        return self.n * self.c.shard_read_s_per_row + self.stored * self.c.shard_read_s_per_byte
 
     def exact_seconds(self, queries: float, rows: float) -> float:
         flops = 2.0 * queries * rows * self.d
@@ -328,10 +335,13 @@ class Estimate:
     def write_shards(self) -> Stage:
         return Stage(
             "write shards",
-            self.stored / self.c.shard_write_bytes_per_s,
+            self.write_seconds(self.n, self.stored),
             tasks=self.shards,
             memory_bytes=self.shard_memory(),
-            constants=("shard_write_bytes_per_s",),
+            constants=(
+                "shard_write_s_per_row",
+                "shard_write_s_per_byte",
+            ),
             written_bytes=self.stored,
             files_opened=self.shards,
         )
@@ -341,10 +351,10 @@ class Estimate:
         chosen = min(self.n, max(_MINIMUM_SAMPLE, _SAMPLES_PER_CELL * self.cells))
         return Stage(
             "sample",
-            self.stored / self.c.shard_read_bytes_per_s + self.n * self.c.sample_s_per_row,
+            self.read_seconds() + self.n * self.c.sample_s_per_row,
             tasks=self.shards,
             memory_bytes=self.shard_memory(),
-            constants=("shard_read_bytes_per_s", "sample_s_per_row"),
+            constants=("shard_read_s_per_row", "shard_read_s_per_byte", "sample_s_per_row"),
             read_bytes=self.stored,
             shuffle_bytes=chosen * self.d * 4,
             files_opened=self.shards,
@@ -363,7 +373,7 @@ class Estimate:
 
     def assign(self) -> Stage:
         """N*C*D*2 operations, and every row is written once more, cell by cell."""
-        seconds = self.stored / self.c.shard_read_bytes_per_s + self.assign_seconds(self.n)
+        seconds = self.read_seconds() + self.assign_seconds(self.n)
         return Stage(
             "assign",
             seconds + self.assigned * self.c.move_s_per_byte,
@@ -382,8 +392,11 @@ class Estimate:
         seconds = moved * self.c.move_s_per_byte + index / self.c.file_hash_bytes_per_s
         names: tuple[str, ...] = ("move_s_per_byte", "file_hash_bytes_per_s")
         if self.cells == 1:
-            seconds += self.stored / self.c.shard_read_bytes_per_s
-            names += ("shard_read_bytes_per_s",)
+            seconds += self.read_seconds()
+            names += (
+                "shard_read_s_per_row",
+                "shard_read_s_per_byte",
+            )
         if self.scann:
             seconds += self.cells * self.scann_seconds(self.mean_rows)
             names += ("build_s", "build_s_per_sample_dim", "build_s_per_row_dim", "gflops")

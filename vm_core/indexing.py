@@ -29,7 +29,6 @@ from vm_core.partitioning import Partitioning
 from vm_core.partitions import Members, Partition
 from vm_core.progress import report
 from vm_core.recall import HeldOut, Hits, exact_and_found, held_out
-from vm_core.records import shard_of
 from vm_core.search import Router
 from vm_core.shard_rows import DTYPES
 from vm_core.shards import read_shard
@@ -184,16 +183,14 @@ def assign_shard(plan: IndexPlan, shard: int) -> np.ndarray:
 
 
 def plan_partitions(plan: IndexPlan, counts: Sequence[np.ndarray]) -> list[Task]:
-    """The partitions to build: a cell with too many rows is divided by a hash of the ids."""
+    """The partitions to build: a cell with too many rows is dealt out to several."""
     total = np.sum(np.array(counts), axis=0)
     tasks = []
     for cell, rows in enumerate(total.tolist()):
-        # A hash fills its parts unevenly: a tenth is left for that.
-        parts = (
-            math.ceil(1.1 * rows / plan.partitioning.rows) if rows > plan.partitioning.rows else 1
-        )
-        if rows or plan.cells == 1:
-            tasks += [(cell, part, parts) for part in range(parts)]
+        parts = math.ceil(rows / plan.partitioning.rows)
+        if plan.cells == 1:
+            parts = 1  # also of no rows
+        tasks += [(cell, part, parts) for part in range(parts)]
     return [Task(number, *task) for number, task in enumerate(tasks)]
 
 
@@ -299,6 +296,7 @@ def _read_members(plan: IndexPlan, shard: int) -> Members:
 
 
 def _members_of(plan: IndexPlan, task: Task) -> Iterator[Members]:
+    seen = 0
     for shard, entry in enumerate(plan.shards):
         if not entry.rows:
             continue
@@ -308,9 +306,10 @@ def _members_of(plan: IndexPlan, task: Task) -> Iterator[Members]:
             with storage.open_read(plan.assigned(shard)) as file:
                 batch = pa.ipc.open_file(file).get_batch(task.cell)
             members = _from_batch(batch, DTYPES[plan.dtype])
-        if task.parts > 1:
-            chosen = [shard_of(id, task.parts) == task.part for id in members.names.to_pylist()]
-            members = members.take(np.flatnonzero(chosen))
+        count = len(members)
+        if task.parts > 1:  # dealt out row by row, so that the parts are even
+            members = members.take(np.arange((task.part - seen) % task.parts, count, task.parts))
+        seen += count
         yield members
 
 

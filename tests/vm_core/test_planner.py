@@ -22,8 +22,10 @@ ROUND = Constants(
     measured=frozenset({"gflops", "build_s_per_row_dim"}),
     gflops=100.0,
     scaling=1.0,
-    shard_write_bytes_per_s=1e8,
-    shard_read_bytes_per_s=1e9,
+    shard_write_s_per_row=0.0,
+    shard_write_s_per_byte=1e-8,
+    shard_read_s_per_row=0.0,
+    shard_read_s_per_byte=1e-9,
     file_hash_bytes_per_s=1e9,
     sample_s_per_row=1e-6,
     assign_s_per_row=1e-5,
@@ -169,8 +171,10 @@ def test_memory_limits_how_many_tasks_run_at_once():
     assert stages(LARGE, worker=eight)["build index"].at_once == 8
     tight = dataclasses.replace(eight, memory_bytes=3.5 * need)
     assert stages(LARGE, worker=tight)["build index"].at_once == 2
-    with pytest.raises(VisualMemoryError, match=r"needs .* GB.*fewer rows per partition"):
-        plan(LARGE, ROUND, dataclasses.replace(eight, memory_bytes=need))
+    wide = dataclasses.replace(LARGE, dimension=1000)
+    need = plan(wide, ROUND, ONE).build_memory_bytes
+    with pytest.raises(VisualMemoryError, match=r"build index needs .*fewer rows per partition"):
+        plan(wide, ROUND, dataclasses.replace(eight, memory_bytes=need))
 
 
 def test_too_many_partitions_to_train():

@@ -1,0 +1,155 @@
+"""An index over shards, stage by stage, on local storage and on another."""
+
+import os
+
+import fsspec
+import numpy as np
+import pytest
+
+from vm_core import index, indexing, partitioning, partitions, recall, storage
+from vm_core.errors import VisualMemoryError
+from vm_core.index.exact import top_k
+from vm_core.indexing import IndexPlan, ShardRows
+from vm_core.partitioning import Partitioning
+from vm_core.records import EmbeddingBlock, strings
+from vm_core.search import Router, Searcher
+from vm_core.shards import write_shard
+
+ROWS, SHARDS = 600, 3
+
+
+def block(seed: int = 0, same: int = 0) -> EmbeddingBlock:
+    """Rows around a few centres, the first ``same`` of them identical."""
+    generator = np.random.default_rng(seed)
+    vectors = generator.normal(size=(8, 6))[generator.integers(8, size=ROWS)]
+    vectors += 0.4 * generator.normal(size=vectors.shape)
+    vectors[:same] = vectors[0]
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    ids = strings([f"{i % SHARDS}/{i:04d}" for i in range(ROWS)])
+    order = np.argsort(ids, kind="stable")
+    return EmbeddingBlock(
+        ids, generator.integers(4, size=ROWS), strings(["x"] * ROWS), vectors.astype(np.float32)
+    ).take(order)
+
+
+def plan_of(root: str, block: EmbeddingBlock, dtype: str = "float32", **settings) -> IndexPlan:
+    shards = []
+    for shard, places in enumerate(np.split(np.arange(ROWS), SHARDS)):
+        path = f"shard-{shard}"
+        summary = write_shard(storage.join(root, path), block.take(places), "print", dtype)
+        shards.append(ShardRows(path, summary.count, summary.sha256))
+    return IndexPlan(
+        root=root,
+        build_folder="build",
+        shards=tuple(shards),
+        class_counts=dict(enumerate(np.bincount(block.labels).tolist())),
+        dtype=dtype,
+        index=index.parse({"kind": "exact"}),
+        partitioning=Partitioning(**settings),
+        recall_queries=50,
+    )
+
+
+def build(plan: IndexPlan) -> list[indexing.PartitionEntry]:
+    shards = range(SHARDS)
+    indexing.train(plan, [(shard, indexing.sample_shard(plan, shard)) for shard in shards[::-1]])
+    counts = [indexing.assign_shard(plan, shard) for shard in shards]
+    tasks = indexing.plan_partitions(plan, counts)
+    return [indexing.build_partition(plan, task) for task in tasks]
+
+
+def searcher(plan: IndexPlan, entries: list[indexing.PartitionEntry]) -> Searcher:
+    centroids = None
+    if plan.centroids is not None:
+        centroids = indexing.read_centroids(plan.path(plan.centroids))
+    cells = tuple(entry.cell for entry in entries)
+    return Searcher(
+        Router(centroids, cells, 10**6), lambda n: indexing.open_partition(plan.root, entries[n])
+    )
+
+
+@pytest.mark.parametrize("spill", ["none", "soar"])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("limit", [ROWS, 100, 17])
+def test_all_cells_visited_equal_exact_search(tmp_path, spill, dtype, limit):
+    rows = block(1, same=40)
+    plan = plan_of(str(tmp_path), rows, dtype, rows=limit, spill=spill)
+    entries = build(plan)
+    assert all(entry.count <= limit for entry in entries)
+    assert sum(entry.home for entry in entries) == ROWS
+    if limit < ROWS:
+        assert sum(entry.count for entry in entries) == ROWS * plan.partitioning.copies
+    queries = block(2).take(np.arange(0, ROWS, 9))
+    found = searcher(plan, entries)(queries, 30)
+    stored = rows.vectors.astype(partitions.DTYPES[dtype])
+    expected, distances = top_k(queries.vectors, stored, 30)
+    np.testing.assert_array_equal(found.ids, rows.ids[expected])
+    np.testing.assert_array_equal(found.labels, rows.labels[expected])
+    np.testing.assert_array_equal(found.distances, distances)
+
+
+def test_members_know_where_they_stand_in_the_shards(tmp_path):
+    rows = block(3)
+    plan = plan_of(str(tmp_path), rows, rows=70)
+    for entry in build(plan):
+        members = partitions.read_members(plan.path(entry.folder))
+        np.testing.assert_array_equal(members.ids, rows.ids[members.rows])
+        np.testing.assert_array_equal(members.vectors, rows.vectors[members.rows])
+        assert list(members.ids) == sorted(members.ids)
+
+
+def test_what_is_there_is_not_done_again_and_a_second_build_has_the_same_bytes(
+    tmp_path, monkeypatch
+):
+    rows = block(4)
+    first = plan_of(str(tmp_path / "a"), rows, rows=90)
+    entries = build(first)
+    written = {file.path: file.version for file in storage.walk(first.root)}
+    for name in ("train", "assign"):
+        monkeypatch.setattr(partitioning, name, lambda *_: pytest.fail("done again"))
+    assert build(first) == entries
+    assert {file.path: file.version for file in storage.walk(first.root)} == written
+    monkeypatch.undo()
+    second = plan_of(str(tmp_path / "b"), rows, rows=90)
+    assert build(second) == entries  # SHA-256 of every file
+    assert plan_of(str(tmp_path / "c"), rows, rows=90, seed=1).recipe != first.recipe
+    same_files = plan_of(str(tmp_path / "d"), rows, rows=90, probes=3, coverage=0.5)
+    assert same_files.recipe == first.recipe
+
+
+def test_on_storage_that_is_not_local():
+    root = "memory://indexing"
+    rows = block(5)
+    plan = plan_of(root, rows, "float16", rows=120)
+    try:
+        entries = build(plan)
+        queries = rows.take(np.arange(40))
+        found = searcher(plan, entries)(queries, 5, exclude_self=True)
+        expected, _ = top_k(queries.vectors, rows.vectors.astype(np.float16), 6)
+        np.testing.assert_array_equal(found.ids, rows.ids[expected[:, 1:]])
+    finally:
+        fsspec.filesystem("memory").rm("/indexing", recursive=True)
+
+
+def test_a_partition_with_missing_rows_is_refused(tmp_path):
+    plan = plan_of(str(tmp_path), block(6))
+    (entry,) = build(plan)
+    path = os.path.join(plan.path(entry.folder), "vectors.npy")
+    np.save(path, np.load(path)[1:])
+    with pytest.raises(VisualMemoryError, match=r"has 600 rows and 599 vectors where .* 600"):
+        indexing.open_partition(plan.root, entry)
+
+
+def test_held_out_queries_are_found_where_all_cells_are_visited(tmp_path):
+    plan = plan_of(str(tmp_path), block(7), rows=80)
+    entries = build(plan)
+    queries = indexing.read_held_out(plan, entries)
+    cells = [entry.cell for entry in entries]
+    hits = recall.nothing(len(queries.labels))
+    for entry in entries:
+        hits = recall.merge(hits, indexing.search_held_out(plan, queries, cells, entry))
+    summary = recall.summarise(hits, queries.labels, plan.cells, plan.cells, None)
+    assert summary.at == {1: 1.0, 10: 1.0, 100: 1.0}
+    assert summary.by_probes[1] < summary.by_probes[2] < 1
+    expected, _ = top_k(queries.vectors, block(7).vectors, 100)
+    np.testing.assert_array_equal(hits.rows, expected)
