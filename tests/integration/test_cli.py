@@ -121,7 +121,7 @@ def test_build_and_inspect(run, few_photos, small_encoder, tmp_path):
     assert "32 read = 32 embedded + 0 quarantined + 0 duplicates" in out
     assert f"{memory}, version 000001" in out
     status, out, _ = run("inspect", memory)
-    assert status == 0 and "exact, 32 rows" in out and small_encoder in out
+    assert status == 0 and "index       exact" in out and small_encoder in out
     for species in ("iris", "peony", "rose", "viola"):
         assert re.search(rf"{species} +8 *\n", out)
     status, out, _ = run("inspect", memory, "--json")
