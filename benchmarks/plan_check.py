@@ -144,12 +144,7 @@ def check_size(constants: Constants, rows: int, dimension: int, folder: str) -> 
     real = run_stages(root, rows, dimension, part, queries, probes)
     # The plan of the same memory on one core; its ids are short.
     known = replace(constants, id_bytes=13.0)
-    worker = replace(
-        this_machine(),
-        cores=1,
-        read_bytes_per_s=constants.disk_read_bytes_per_s,
-        write_bytes_per_s=constants.disk_write_bytes_per_s,
-    )
+    worker = replace(this_machine(), cores=1)
     workload = Workload(
         rows, dimension, queries=len(queries), k=K, partitioning=part, probes=probes,
         rows_per_shard=_SHARD_ROWS, images_per_s=1.0, recall_queries=0,

@@ -169,13 +169,14 @@ def _origins(plan: Plan) -> RenderableType:
         ("measured", f"on {plan.constants.machine}: {', '.join(measured) or 'nothing'}"),
         ("assumed", ", ".join(assumed) or "no other constant"),
     ]
-    if plan.worker.name != "local":
+    read, write = plan.worker.read_bytes_per_s, plan.worker.write_bytes_per_s
+    if read and write:
         lines.append(
             (
                 "assumed",
                 f"of {plan.worker.name}: a core does {plan.worker.speed:g} times the work of the "
-                f"calibrated one, storage gives {size(plan.worker.read_bytes_per_s)}/s and takes "
-                f"{size(plan.worker.write_bytes_per_s)}/s, a file is opened in "
+                f"calibrated one, storage gives {size(read)}/s and takes "
+                f"{size(write)}/s, a file is opened in "
                 f"{1000 * plan.worker.request_s:g} ms",
             )
         )

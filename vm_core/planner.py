@@ -102,8 +102,8 @@ def _placed(stage: Stage, workload: Workload, constants: Constants, worker: Work
         )
     at_once = 1 if stage.shares_cores else max(1, min(worker.cores, room, stage.tasks))
     cores = worker.cores if stage.shares_cores else at_once
-    transfer = stage.read_bytes / worker.read_bytes_per_s
-    transfer += stage.written_bytes / worker.write_bytes_per_s
+    transfer = stage.read_bytes / (worker.read_bytes_per_s or constants.disk_read_bytes_per_s)
+    transfer += stage.written_bytes / (worker.write_bytes_per_s or constants.disk_write_bytes_per_s)
     # Opening a file is waiting: tasks wait side by side.
     computing = stage.core_seconds / worker.speed / _together(cores, constants)
     computing += stage.files_opened * worker.request_s / at_once

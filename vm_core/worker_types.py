@@ -28,7 +28,8 @@ class Accelerator:
 
 @dataclass(frozen=True)
 class Worker:
-    """One machine. Rates are bytes/s between it and the storage that holds the memory.
+    """One machine. Rates are bytes/s between it and the storage that holds the memory;
+    None: those of the calibrated disk.
 
     request_s: until the first byte of a file arrives. accelerators: how many it has.
     """
@@ -37,8 +38,8 @@ class Worker:
     cores: int
     memory_bytes: float
     speed: float = 1.0
-    read_bytes_per_s: float = 1 * GB
-    write_bytes_per_s: float = 1 * GB
+    read_bytes_per_s: float | None = None
+    write_bytes_per_s: float | None = None
     request_s: float = 0.03
     accelerator: Accelerator | None = None
     accelerators: int = 0
@@ -69,7 +70,8 @@ WORKERS = {
         *_family("e2-standard", 4.0, 0.5, 2, 4, 8, 16, 32),
         *_family("c3-standard", 4.0, 1.0, 4, 8, 22, 44, 88),
         *_family("g2-standard", 4.0, 0.8, 4, 8, 16, 32),
-        *_family("a2-highgpu", 7.08, 0.8, 12),
+        Worker("a2-highgpu-1g", 12, 85 * GB, 0.8, 1.2 * GB, 1.2 * GB),
+        Worker("a3-highgpu-1g", 26, 234 * GB, 1.0, 2 * GB, 2 * GB),
     )
 }
 
