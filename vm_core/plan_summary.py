@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from vm_core.estimates import DEFAULT_ENCODER
-from vm_core.planner import Plan, StagePlan
+from vm_core.planner import Plan
 
 _UNITS = ("bytes", "KB", "MB", "GB", "TB", "PB")
 
@@ -121,45 +121,51 @@ def _sizes(plan: Plan) -> RenderableType:
 
 
 def _stages(plan: Plan) -> RenderableType:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title="Stages", title_justify="left")
-    table.add_column("stage")
-    names = ("core hours", "GPU hours", "shuffled", "read", "written", "tasks", "worker hours")
-    for name in (*names, "workers"):
-        table.add_column(name, justify="right")
+    """Hours and workers, then bytes: together they would not fit into 80 columns."""
+    hours = _stage_table("Hours", "tasks", "core hours", "GPU hours", "worker hours", "workers")
+    data = _stage_table("Data", "shuffled", "read", "written")
     for each in plan.stages:
-        table.add_row(
-            Text(each.stage.name), *_figures(each, plan.worker.speed), _count(each.workers)
+        stage = each.stage
+        hours.add_row(
+            Text(stage.name),
+            _count(stage.tasks),
+            _hours(stage.core_seconds / plan.worker.speed),
+            _hours(stage.accelerator_seconds),
+            _hours(each.worker_seconds),
+            _count(each.workers),
         )
+        moved = (stage.shuffle_bytes, stage.read_bytes, stage.written_bytes)
+        data.add_row(Text(stage.name), *(size(count) if count else "-" for count in moved))
     stages = [each.stage for each in plan.stages]
-    table.add_section()
-    table.add_row(
+    hours.add_section()
+    hours.add_row(
         "all",
+        "",
         _hours(sum(stage.core_seconds for stage in stages) / plan.worker.speed),
         _hours(sum(stage.accelerator_seconds for stage in stages)),
-        size(sum(stage.shuffle_bytes for stage in stages)),
-        size(sum(stage.read_bytes for stage in stages)),
-        size(sum(stage.written_bytes for stage in stages)),
-        "",
         _hours(sum(each.worker_seconds for each in plan.stages)),
         _count(plan.workers),
         style="bold",
     )
+    data.add_section()
+    data.add_row(
+        "all",
+        size(sum(stage.shuffle_bytes for stage in stages)),
+        size(sum(stage.read_bytes for stage in stages)),
+        size(sum(stage.written_bytes for stage in stages)),
+        style="bold",
+    )
     note = "workers: of a stage, those that finish it alone by the deadline; of all, one after "
     note += "another. Core hours are the worker's."
-    return Group(table, Text(note, style="dim"))
+    return Group(hours, Text(note, style="dim"), Text(), data)
 
 
-def _figures(each: StagePlan, speed: float) -> list[str]:
-    stage = each.stage
-    return [
-        _hours(stage.core_seconds / speed),
-        _hours(stage.accelerator_seconds),
-        size(stage.shuffle_bytes),
-        size(stage.read_bytes),
-        size(stage.written_bytes),
-        f"{stage.tasks:,}",
-        _hours(each.worker_seconds),
-    ]
+def _stage_table(title: str, *columns: str) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=title, title_justify="left")
+    table.add_column("stage")
+    for name in columns:
+        table.add_column(name, justify="right")
+    return table
 
 
 def _origins(plan: Plan) -> RenderableType:
