@@ -212,5 +212,3 @@ def _repeated(ids: np.ndarray, distances: np.ndarray) -> np.ndarray:
         np.put_along_axis(marked, by_id, again, axis=1)
         repeated[rows] = marked
     return repeated
-
-
