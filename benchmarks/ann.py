@@ -25,6 +25,7 @@ Expected: ratio at least 0.9. Eight partitions, of which a query visits a few, c
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import math
 import os
@@ -126,8 +127,8 @@ def scann(data: Data, threads: int) -> Iterator[tuple[str, Search]]:
 
 
 def faiss(data: Data, threads: int) -> Iterator[tuple[str, Search]]:
-    import faiss
-
+    # Its stubs do not know the parameters' arguments.
+    faiss: Any = importlib.import_module("faiss")
     faiss.omp_set_num_threads(threads)
     dimension = data.base.shape[1]
     recipe = f"IVF{data.leaves},PQ{dimension // 2}x4fs,RFlat"
@@ -140,8 +141,8 @@ def faiss(data: Data, threads: int) -> Iterator[tuple[str, Search]]:
     for leaves, reorder in product(data.steps(), REORDERS):
 
         def search(leaves: int = leaves, reorder: int = reorder) -> np.ndarray:
-            inner = faiss.SearchParametersIVF(nprobe=leaves)  # type: ignore[call-arg]
-            parameters = faiss.IndexRefineSearchParameters(  # type: ignore[call-arg]
+            inner = faiss.SearchParametersIVF(nprobe=leaves)
+            parameters = faiss.IndexRefineSearchParameters(
                 k_factor=reorder / K, base_index_params=inner
             )
             return index.search(data.queries, K, params=parameters)[1]
