@@ -42,6 +42,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from benchmarks.exact import kernels
 from benchmarks.mixture import HELD_OUT, Mixture
 from vm_core.index.exact import top_k
 from vm_core.partitions import Partition
@@ -269,7 +270,7 @@ def run(peer: str, folder: Path, threads: int, limit: float) -> dict[str, Any]:
     try:
         done = subprocess.run(
             [*command, "--threads", count],
-            env={**os.environ, **threading, "TF_CPP_MIN_LOG_LEVEL": "2"},
+            env={**kernels(), **threading, "TF_CPP_MIN_LOG_LEVEL": "2"},
             capture_output=True,
             text=True,
             timeout=limit,

@@ -34,7 +34,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks import synthetic
-from pipelines import leave_one_out
+from pipelines.score import run
 from vm_core.index.exact import top_k
 from vm_core.leave_one_out import LeaveOneOutConfig
 from vm_core.memory import Memory
@@ -54,7 +54,7 @@ def blocks(memory: Memory):
 def score(root: str) -> None:
     """In a process of its own: makes the scores, prints seconds and kilobytes."""
     start = time.perf_counter()
-    results = leave_one_out.run(LeaveOneOutConfig(memory=root))
+    results = run(LeaveOneOutConfig(memory=root))
     seconds = time.perf_counter() - start
     usage = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     peak = max(each.ru_maxrss for each in usage)

@@ -20,7 +20,7 @@ from typing import Any
 
 from benchmarks import synthetic
 from benchmarks.memory_watch import PeakMemory
-from pipelines import leave_one_out, prune
+from pipelines import prune, score
 from vm_core.leave_one_out import LeaveOneOutConfig
 from vm_core.memory import Memory
 
@@ -77,7 +77,7 @@ def run(root: str, options: argparse.Namespace) -> dict[str, Any]:
     stage("search", lambda: memory.searcher()(queries, K))
     stage(
         "leave_one_out",
-        lambda: leave_one_out.run(LeaveOneOutConfig(memory=root), workers),
+        lambda: score.run(LeaveOneOutConfig(memory=root), workers),
     )
     stage("prune", lambda: prune.command(["--memory", root, "--method", "soft", *workers]))
     peak = max(peaks.values())

@@ -9,19 +9,17 @@ from collections.abc import Sequence
 from pipelines import commands
 
 COMMANDS = {
-    "build": ("build", "read images, encode them, write shards and an index, publish a version"),
-    "evaluate": ("evaluate", "classify labelled queries with a memory: metrics, tables, report"),
-    "classify": ("classify", "classify images, and show the neighbours that decided"),
-    "inspect": ("inspect", "what is in a memory"),
-    "score": ("leave_one_out", "which items of a memory mislead: leave-one-out scores"),
-    "prune": ("prune", "remove or weigh down the items that mislead, as a new version"),
-    "plan": ("plan", "bytes, hours and workers that a memory of any size will take"),
-    "analyze": ("analyze", "votes, pruning and reliability from the paper's neighbour tables"),
+    "build": "read images, encode them, write shards and an index, publish a version",
+    "evaluate": "classify labelled queries with a memory: metrics, tables, report",
+    "classify": "classify images, and show the neighbours that decided",
+    "inspect": "what is in a memory",
+    "score": "which items of a memory mislead: leave-one-out scores",
+    "prune": "remove or weigh down the items that mislead, as a new version",
+    "plan": "bytes, hours and workers that a memory of any size will take",
+    "analyze": "votes, pruning and reliability from the paper's neighbour tables",
 }
-"""Name to module and description."""
-
 USAGE = "usage: visual-memory COMMAND ...\n\n" + "".join(
-    f"  {name:<10} {what}\n" for name, (_, what) in COMMANDS.items()
+    f"  {name:<10} {what}\n" for name, what in COMMANDS.items()
 )
 
 
@@ -35,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: there is no command {name!r}\n\n{USAGE}", end="", file=sys.stderr)
         return 2
     # Each is imported when called: TensorFlow alone takes seconds.
-    command = importlib.import_module(f"pipelines.{COMMANDS[name][0]}").command
+    command = importlib.import_module(f"pipelines.{name}").command
     return commands.main(command, rest)
 
 

@@ -18,7 +18,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from pipelines import commands, leave_one_out, running
+from pipelines import commands, running, score
 from pipelines.evaluate import define_pipeline
 from vm_core import config, evaluation, plugins, pruning, sources, storage
 from vm_core.errors import VisualMemoryError
@@ -88,7 +88,7 @@ def _leave_one_out(
     scoring = plugins.validate(
         LeaveOneOutConfig, configuration.leave_one_out_settings | settings, "leave_one_out"
     )
-    results = leave_one_out.run(scoring, beam_arguments, base)
+    results = score.run(scoring, beam_arguments, base)
     return pruning.scores_of(read_scores(base, results["fingerprint"]), configuration.column)
 
 

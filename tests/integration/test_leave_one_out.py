@@ -5,7 +5,7 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from pipelines import leave_one_out
+from pipelines.score import command, run
 from tests.integration.harness import build_memory, configuration, files_below, table
 from tests.integration.test_determinism import PROCESSES, THREADS
 from vm_core import score_tables
@@ -28,7 +28,7 @@ def several(few_photos, small_encoder, tmp_path_factory) -> Memory:
 
 def score(memory: Memory, *beam_arguments: str, **settings) -> dict:
     settings = {"memory": memory.root, "ks": (3, 10), "shapley_k": 5, **settings}
-    return leave_one_out.run(LeaveOneOutConfig.model_validate(settings), beam_arguments)
+    return run(LeaveOneOutConfig.model_validate(settings), beam_arguments)
 
 
 def tables(memory: Memory, results: dict) -> dict[str, bytes]:
@@ -63,7 +63,7 @@ def test_a_repeated_run_ends_at_once_and_leaves_nothing_behind(several):
 
 
 def test_the_command_prints_the_worst_items_and_the_scores_can_be_read(several, capsys):
-    leave_one_out.command(["--memory", several.root, "--k", "2", "12"])
+    command(["--memory", several.root, "--k", "2", "12"])
     shown = capsys.readouterr().out
     (folder,) = (
         path.parent

@@ -1,6 +1,6 @@
 """Scores every item of a memory by leave-one-out search.
 
-python -m pipelines.leave_one_out --memory MEMORY [Beam options]
+python -m pipelines.score --memory MEMORY [Beam options]
 """
 
 from __future__ import annotations
