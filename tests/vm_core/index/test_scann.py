@@ -147,7 +147,8 @@ def test_a_target_out_of_reach_names_the_best_that_was_found(vectors, tmp_path):
 
 def test_the_time_a_query_may_take_is_spent_on_recall(vectors, tmp_path):
     _, tuned = build(vectors, tmp_path / "index", maximum_milliseconds=1000)
-    assert tuned["leaves_to_search"] == 63 and tuned["recall"] > 0.99
+    # Of settings that find the same the quicker is taken, which may be any of the last.
+    assert tuned["leaves_to_search"] > 25 and tuned["recall"] > 0.99
     for target, text in ((None, "quickest"), (0.5, "0.5 is not reached.* within maximum_mill")):
         settings = scann.Plugin(maximum_milliseconds=1e-9, target_recall=target)
         with pytest.raises(VisualMemoryError, match=text):
