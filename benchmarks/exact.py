@@ -15,7 +15,8 @@ by the block. same_rows: the share of faiss's neighbours that are ours too; the 
 ties but for rounding, as faiss ranks by float32 products.
 
 Expected: ratio 1, ratio_sgemm 0.87: filtering a block of products costs some 10 % of
-computing it, ranking the candidates in float64 some 4 %.
+computing it, ranking the candidates in float64 some 4 %. Came, on 2 shared cores: 0.86 and
+0.81 (243 GFLOP/s, faiss 284, sgemm 302), float16 0.81 of faiss.
 """
 
 from __future__ import annotations

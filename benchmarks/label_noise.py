@@ -28,6 +28,10 @@ left when the items that cleanlab calls issues are removed.
 Expected: most wrong labels found, at least as many as by cleanlab's nearest neighbours, by
 reliability or Shapley value; wrong counts find fewer, since few items are anybody's
 neighbour often. Of the accuracy lost to 30% noise hard pruning wins back most, soft less.
+Came, on CIFAR-10 (3,000 items, two seeds) at 10% and 30%: reliability finds 73% and 82%,
+cleanlab's best 70% and 80%, wrong counts 26% and 42%. Accuracy at 30%: 60.3% noisy, 63.9%
+hard, 60.9% soft, 65.1% by cleanlab's issues, 68.0% without noise. At 10% nobody gained a
+point. On Imagenette (1,000 items) reliability finds 98% of both, cleanlab 96% and 97%.
 """
 
 from __future__ import annotations

@@ -4,8 +4,11 @@
 
 The vectors are a mixture's (benchmarks.mixture), generated block by block and kept as
 float16. Every stage runs through the pipelines that users run. ``ratio`` is 4 GiB over the
-largest peak of resident memory of any process: over 1 is within the limit. Beside each
-stage stands what the planner predicts for this machine.
+largest peak of resident memory of any process: over 1 is within the limit.
+
+Came, on 2 shared cores, with --rows 1000000 --rows-per-partition 250000: 1.9 GiB; shards
+11 s, index 67 s, leave-one-out scores 318 s, soft pruning under a second; recall@100 0.985
+in 6 partitions of which a query visits 2. Ten million rows have not been run.
 """
 
 from __future__ import annotations
