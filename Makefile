@@ -5,6 +5,9 @@ IMAGES ?=
 ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
+# pip looks at newer releases of what is locked, where another package asks for an extra of it,
+# and then refuses the lock. uv does not.
+UV := 0.13.9
 
 .PHONY: venv demo test check lock clean
 
@@ -13,8 +16,9 @@ venv: $(VENV)/complete
 # The stamp is written last: an interrupted installation starts again.
 $(VENV)/complete: requirements.lock setup.py
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --require-hashes -r requirements.lock
-	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	$(BIN)/python -m pip install --quiet uv==$(UV)
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --require-hashes -r requirements.lock
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation --editable .
 	@touch $@
 
 demo: venv
@@ -29,7 +33,7 @@ check: venv
 	$(BIN)/mypy
 
 lock:
-	$(BIN)/python -m pip install --quiet uv
+	$(BIN)/python -m pip install --quiet uv==$(UV)
 	$(BIN)/uv pip compile setup.py --extra gcs --extra keras --extra dev --python-version 3.11 \
 	  --generate-hashes --no-emit-index-url --custom-compile-command "make lock" \
 	  --output-file requirements.lock
