@@ -42,11 +42,12 @@ import scipy.optimize
 import threadpoolctl
 
 from benchmarks.mixture import FINGERPRINT, HELD_OUT, Mixture
-from vm_core import calibration, partitioning, partitions, storage
+from vm_core import batch_files, calibration, item_scores, partitioning, partitions, storage
 from vm_core.calibration import Constants
 from vm_core.errors import VisualMemoryError
 from vm_core.estimates import rows_scored
 from vm_core.index import exact, scann
+from vm_core.item_scores import Lists
 from vm_core.neighbors import to_arrow
 from vm_core.partitions import Members, Partition
 from vm_core.records import EmbeddingBlock, strings
@@ -283,6 +284,40 @@ def measure_answers() -> dict[str, float]:
     }
 
 
+def measure_scores(folder: str) -> dict[str, float]:
+    """What leave-one-out does with what items find at home and in another partition."""
+    shape, population = (8192, K), 400_000
+    rng = np.random.default_rng(0)
+
+    def found() -> Lists:
+        rows = rng.integers(0, population, shape)
+        distances = np.sort(rng.random(shape, np.float32), axis=1)
+        return Lists(rows, distances, rng.random(shape) < 0.5)
+
+    home, abroad = found(), found()
+    own = rng.random(shape) < 1 / K
+    places = np.repeat(np.arange(shape[0]), K)
+    path = os.path.join(folder, "found")
+
+    def score() -> None:
+        with batch_files.writing(path) as out:
+            for key, lists in enumerate((home, abroad)):
+                kept = lists.without(own)
+                out.write(key, {"rows": kept.rows, "distances": kept.distances,
+                                "correct": kept.correct})  # fmt: skip
+        read = [next(batch_files.BatchFile(path).read(key)) for key in (0, 1)]
+        first, second = (Lists(one["rows"], one["distances"], one["correct"]) for one in read)
+        packed = Lists.packed(
+            places, shape[0], second.rows.ravel(), second.distances.ravel(), second.correct.ravel()
+        )
+        merged = item_scores.nearest(first.beside(packed), K)
+        complete = np.zeros(shape[0], bool)
+        values = item_scores.shapley(merged.correct, merged.lengths, complete, 10)
+        item_scores.tally(merged, values, (10, K))
+
+    return {"score_s_per_neighbor": seconds(score) / (2 * home.rows.size)}
+
+
 def measure_encoder(count: int = 128) -> dict[str, Any]:
     """The demo's encoder on the demo's photos; nothing where they cannot be had."""
     try:
@@ -333,6 +368,7 @@ def calibrate(folder: str, with_encoder: bool = True) -> Constants:
             ("moving rows", lambda: measure_moving(folder)),
             ("ScaNN", lambda: measure_scann(folder)),
             ("answers and votes", measure_answers),
+            ("leave-one-out scores", lambda: measure_scores(folder)),
             ("encoder", measure_encoder if with_encoder else dict),
         ):
             start = time.perf_counter()

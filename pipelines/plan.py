@@ -47,6 +47,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--rows-per-partition", type=_whole, default=1_000_000, help="at most (default 1e6)")
     add("--spill", default="none", choices=("none", "nearest", "soar"), help="second cells")
     add("--probes", type=_whole, default=3, help="partitions a query visits (default 3)")
+    add("--leaves-to-search", type=_whole, default=0, help="of ScaNN (default: as the index)")
     add("--worker", default="n1-standard-8", help="local or a machine type (n1-standard-8)")
     add("--accelerator", help=f"each worker has: {', '.join(worker_types.ACCELERATORS)}")
     add("--accelerators", type=_whole, default=1, help="how many of it (default 1)")
@@ -72,6 +73,7 @@ def command(arguments: Sequence[str]) -> None:
             Partitioning, {"rows": options.rows_per_partition, "spill": options.spill}, "partitions"
         ),
         probes=options.probes,
+        leaves_to_search=options.leaves_to_search,
         deadline_hours=options.deadline_hours or None,
     )
     constants = calibration.DEFAULT

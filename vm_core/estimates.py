@@ -40,7 +40,8 @@ class Workload:
 
     reorder: how ScaNN keeps the vectors that it re-ranks by. images_per_s: of the encoder,
     on one accelerator, or on one core if the worker has none; None: by ``encoder``.
-    probes: cells that a query visits. deadline_hours: for everything; None for none.
+    probes: cells that a query visits. leaves_to_search: of ScaNN, as its setting of that name.
+    deadline_hours: for everything; None for none.
     """
 
     items: int
@@ -53,6 +54,7 @@ class Workload:
     k: int = 100
     partitioning: Partitioning = field(default_factory=Partitioning)
     probes: int = 3
+    leaves_to_search: int = 0
     rows_per_shard: int = 50_000
     recall_queries: int = 1_000
     deadline_hours: float | None = None
@@ -63,8 +65,9 @@ class Workload:
                 raise VisualMemoryError(
                     f"{name} = {getattr(self, name)}: give a number of at least 1"
                 )
-        if self.recall_queries < 0:
-            raise VisualMemoryError(f"recall_queries = {self.recall_queries}: give 0 or more")
+        for name in ("recall_queries", "leaves_to_search"):
+            if getattr(self, name) < 0:
+                raise VisualMemoryError(f"{name} = {getattr(self, name)}: give 0 or more")
         for name, value in (
             ("images_per_s", self.images_per_s),
             ("deadline_hours", self.deadline_hours),
@@ -122,10 +125,13 @@ class Stage:
     shares_cores: bool = False
 
 
-def rows_scored(rows: float) -> float:
-    """Rows in the leaves that ScaNN searches for one query of a partition of so many rows."""
+def rows_scored(rows: float, to_search: int = 0) -> float:
+    """Rows in the leaves that ScaNN searches for one query of a partition of so many rows.
+
+    to_search: leaves, 0 for as many as ScaNN's index takes by itself.
+    """
     leaves = max(1.0, math.sqrt(rows))
-    return rows * min(1.0, max(25.0, 2 * math.sqrt(leaves)) / leaves)
+    return rows * min(1.0, (to_search or max(25.0, 2 * math.sqrt(leaves))) / leaves)
 
 
 class Estimate:
@@ -304,7 +310,8 @@ class Estimate:
         """Of queries times the partitions that each visits."""
         if not self.scann:
             return queries * self.c.assign_s_per_row + self.exact_seconds(queries, self.mean_rows)
-        scored = rows_scored(self.mean_rows) * self.c.search_s_per_row_dim
+        scored = rows_scored(self.mean_rows, self.w.leaves_to_search)
+        scored *= self.c.search_s_per_row_dim
         each = self.c.search_s + self.d * (self.c.search_s_per_dim + scored)
         return queries * each
 
@@ -317,10 +324,13 @@ class Estimate:
 
     @property
     def search_constants(self) -> tuple[str, ...]:
-        names = ("gather_s_per_neighbor", "vote_s")
+        return (*self.index_constants, "gather_s_per_neighbor", "vote_s")
+
+    @property
+    def index_constants(self) -> tuple[str, ...]:
         if self.scann:
-            return ("search_s", "search_s_per_dim", "search_s_per_row_dim", *names)
-        return ("gflops", "exact_efficiency", "assign_s_per_row", *names)
+            return ("search_s", "search_s_per_dim", "search_s_per_row_dim")
+        return ("gflops", "exact_efficiency", "assign_s_per_row")
 
     def stages(self) -> list[Stage]:
         found = [self.encode("encode", self.n), self.write_shards()]
@@ -433,7 +443,7 @@ class Estimate:
             seconds,
             tasks=self.cells,
             memory_bytes=self.search_memory(),
-            constants=("gflops", "exact_efficiency", *self.search_constants[:3]),
+            constants=("gflops", "exact_efficiency", *self.index_constants),
             read_bytes=self.cells * self.partition_bytes(self.mean_rows),
             files_opened=10 * self.cells,
             shares_cores=True,
@@ -467,12 +477,16 @@ class Estimate:
             partial = self.n * self.probes * self.w.k * self.c.neighbor_bytes
             visitors = self.n * (self.probes - 1) * self.d * self.item_bytes
             index *= 2
+        searches = self.n * self.probes
+        seconds = self.search_seconds(searches)
+        seconds += searches * self.w.k * self.c.score_s_per_neighbor
+        seconds += self.assign_seconds(self.n) if self.cells > 1 else 0.0
         return Stage(
             "leave-one-out",
-            self.answer_seconds(self.n),
+            seconds,
             tasks=self.cells,
             memory_bytes=self.search_memory(),
-            constants=(*self.search_constants, "neighbor_bytes"),
+            constants=(*self.index_constants, "score_s_per_neighbor", "neighbor_bytes"),
             read_bytes=index + visitors + partial,
             written_bytes=partial,
             files_opened=20 * self.cells,

@@ -39,6 +39,7 @@ ROUND = Constants(
     search_s_per_row_dim=1e-10,
     exact_efficiency=0.5,
     gather_s_per_neighbor=1e-7,
+    score_s_per_neighbor=3e-7,
     vote_s=1e-5,
     decode_bytes_per_s=5e7,
     encoder_images_per_s={"mine": 50.0},
@@ -103,9 +104,11 @@ def test_hours_of_one_partition_by_hand():
     build = 0.06 + 0.06 + index / 1e9 + 1 + training + 20_000 * 100 * 1e-6 + 100_000 * 100 * 1e-7
     assert found["build index"].stage.core_seconds == pytest.approx(build)
     scored = 100_000 * 2 * math.sqrt(leaves) / leaves
-    each = 1e-5 + 100 * (1e-7 + scored * 1e-10) + 10 * 1e-7 + 1e-5
+    search = 1e-5 + 100 * (1e-7 + scored * 1e-10)
+    each = search + 10 * 1e-7 + 1e-5
     assert found["evaluate 1,000 queries"].stage.core_seconds == pytest.approx(1000 * each)
-    assert found["leave-one-out"].stage.core_seconds == pytest.approx(100_000 * each)
+    scoring = 100_000 * (search + 10 * 3e-7)
+    assert found["leave-one-out"].stage.core_seconds == pytest.approx(scoring)
     assert found["leave-one-out"].stage.written_bytes == 0  # nothing to merge
 
 
@@ -144,6 +147,14 @@ def test_small_partitions_are_searched_exactly():
     found = {each.stage.name: each.stage for each in result.stages}
     each = 1e-5 + 2 * 10_000 * 100 / 50e9 + 10 * 1e-7 + 1e-5
     assert found["evaluate 1,000 queries"].core_seconds == pytest.approx(1000 * each)
+
+
+def test_fewer_leaves_are_searched_faster():
+    few = stages(dataclasses.replace(SMALL, leaves_to_search=3))["leave-one-out"].stage
+    leaves = math.sqrt(100_000)
+    search = 1e-5 + 100 * (1e-7 + 100_000 * 3 / leaves * 1e-10)
+    assert few.core_seconds == pytest.approx(100_000 * (search + 10 * 3e-7))
+    assert rows_scored(100_000, 10**6) == 100_000
 
 
 def test_rows_scored_are_those_of_the_index():
