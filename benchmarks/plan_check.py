@@ -81,7 +81,7 @@ def stage_sample(made: IndexPlan) -> list[tuple[int, np.ndarray]]:
 
 
 def stage_assign(made: IndexPlan) -> list[np.ndarray]:
-    return [indexing.assign_shard(made, shard) for shard in range(len(made.shards))]
+    return [indexing.assign_shards(made, bundle) for bundle in range(made.bundles)]
 
 
 def stage_build(made: IndexPlan, tasks: list[indexing.Task]) -> list[PartitionEntry]:

@@ -36,7 +36,9 @@ def define_pipeline(
         | "Train" >> beam.Map(lambda samples, plan: indexing.train(plan, samples), the_plan)
     )
     tasks = (
-        shards
+        plan
+        | "Bundles" >> beam.FlatMap(lambda one: range(one.bundles))
+        | "SpreadBundles" >> beam.Reshuffle()
         # The centroids are a file; that it is there is what this waits for.
         | "Assign" >> beam.Map(_assign, the_plan, AsSingleton(trained))
         | "Counts" >> beam.combiners.ToList()
@@ -60,8 +62,8 @@ def define_pipeline(
     _ = entries | "Publish" >> beam.Map(publish, AsList(built), AsSingleton(hits))
 
 
-def _assign(shard: int, plan: IndexPlan, trained: None):
-    return indexing.assign_shard(plan, shard)
+def _assign(bundle: int, plan: IndexPlan, trained: None):
+    return indexing.assign_shards(plan, bundle)
 
 
 def _held_out(entries: list[PartitionEntry], plan: IndexPlan) -> tuple[HeldOut, list[int]] | None:

@@ -17,6 +17,9 @@ import pyarrow as pa
 
 from vm_core import storage
 
+BUNDLES = 1024
+"""Into how many bundles shards are gathered at most: one writes a file, not each shard."""
+
 Columns = dict[str, np.ndarray]
 """Column name to (N,) or (N, W) array, all of one N; text is an object array of str."""
 
@@ -75,12 +78,31 @@ class BatchFile:
         for number in self._batches.get(key, ()):
             # Opened for each: a merge reads from a thousand of them side by side.
             with storage.open_read(f"{self._path}.arrow") as file:
-                batch = pa.ipc.open_file(file).get_batch(number)
-            yield {name: _to_numpy(batch.column(name)) for name in batch.schema.names}
+                columns = _columns(pa.ipc.open_file(file).get_batch(number))
+            yield columns
+
+    def read_at_once(self, key: int) -> list[Columns]:
+        """All batches under a key, for which the file is opened once."""
+        numbers = self._batches.get(key, ())
+        if not numbers:
+            return []
+        with storage.open_read(f"{self._path}.arrow") as file:
+            reader = pa.ipc.open_file(file)
+            return [_columns(reader.get_batch(number)) for number in numbers]
+
+
+def first_of_bundles(shards: int) -> np.ndarray:
+    """(B + 1,) int64: the first shard of each bundle of consecutive ones, and their number."""
+    bundles = min(shards, BUNDLES)
+    return np.arange(bundles + 1) * shards // max(1, bundles)
 
 
 def is_complete(path: str) -> bool:
     return storage.exists(f"{path}.json")
+
+
+def _columns(batch: pa.RecordBatch) -> Columns:
+    return {name: _to_numpy(batch.column(name)) for name in batch.schema.names}
 
 
 def _to_arrow(values: np.ndarray) -> pa.Array:

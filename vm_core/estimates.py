@@ -17,6 +17,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from vm_core.batch_files import BUNDLES
 from vm_core.calibration import ENCODER_GFLOP, Constants
 from vm_core.errors import VisualMemoryError
 from vm_core.index.auto import Plugin as Auto
@@ -148,6 +149,7 @@ class Estimate:
         self.largest_rows = min(self.n, workload.partitioning.rows)
         self.probes = min(workload.probes, self.cells)
         self.shards = math.ceil(self.n / workload.rows_per_shard)
+        self.bundles = min(self.shards, BUNDLES)
         self.scann = Auto().choose(round(self.mean_rows)).kind == "scann"
         self.images_per_s, self.encoder_constants = self._encoder_rate()
 
@@ -387,16 +389,16 @@ class Estimate:
         return Stage(
             "assign",
             seconds + self.assigned * self.c.move_s_per_byte,
-            tasks=self.shards,
+            tasks=self.bundles,
             memory_bytes=self.shard_memory(),
             constants=("gflops", "exact_efficiency", "assign_s_per_row", "assign_s_per_cell"),
             read_bytes=self.stored,
             written_bytes=self.assigned,
-            files_opened=2 * self.shards,
+            files_opened=self.shards + 2 * self.bundles,
         )
 
     def build(self) -> Stage:
-        """Each partition by one core. It opens a file of every shard."""
+        """Each partition by one core. It opens a file of every bundle of shards."""
         moved = self.assigned or self.stored
         index = self.cells * self.partition_bytes(self.mean_rows)
         seconds = moved * self.c.move_s_per_byte + index / self.c.file_hash_bytes_per_s
@@ -418,7 +420,7 @@ class Estimate:
             constants=names,
             read_bytes=moved,
             written_bytes=index,
-            files_opened=self.cells * self.shards,
+            files_opened=2 * self.cells * self.bundles if self.cells > 1 else self.shards,
         )
 
     def scann_seconds(self, rows: float) -> float:

@@ -1,11 +1,11 @@
 """From finished shards to a searchable index, as plain functions of a plan.
 
-plan_index -> sample_shard -> train -> assign_shard -> plan_partitions -> build_partition
+plan_index -> sample_shard -> train -> assign_shards -> plan_partitions -> build_partition
 -> search_held_out -> (vm_core.recall)
 
-Workers share nothing but files. A shard's rows are written once more, cell by cell, so
+Workers share nothing but files. The shards' rows are written once more, cell by cell, so
 that the worker of a partition reads just its own, and no stage holds more than a shard
-or a partition.
+or a partition. A bundle of shards shares a file: there are few to open.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ import numpy as np
 import pyarrow as pa
 from pydantic import BaseModel, SerializeAsAny, field_validator
 
-from vm_core import index, partitioning, partitions, storage
+from vm_core import batch_files, index, partitioning, partitions, storage
+from vm_core.batch_files import BatchFile
 from vm_core.errors import VisualMemoryError
 from vm_core.index import Index
 from vm_core.partitioning import Partitioning
@@ -123,8 +124,18 @@ class IndexPlan:
         """The number of a shard's first row in the memory."""
         return sum(each.rows for each in self.shards[:shard])
 
-    def assigned(self, shard: int) -> str:
-        return self.path(f"{self.work}/assigned-{shard:05d}.arrow")
+    @property
+    def first_shards(self) -> np.ndarray:
+        """(B + 1,) int64: the first shard of each bundle, and the number of shards."""
+        return batch_files.first_of_bundles(len(self.shards))
+
+    @property
+    def bundles(self) -> int:
+        return len(self.first_shards) - 1
+
+    def assigned(self, bundle: int) -> str:
+        """Path of the rows of a bundle's shards by cell, without its suffix."""
+        return self.path(f"{self.work}/assigned-{bundle:05d}")
 
 
 def sample_shard(plan: IndexPlan, shard: int) -> np.ndarray:
@@ -152,19 +163,31 @@ def read_centroids(path: str) -> np.ndarray:
         return np.load(file, allow_pickle=False)
 
 
-def assign_shard(plan: IndexPlan, shard: int) -> np.ndarray:
-    """How many rows of a shard are in each cell, (C,) int64; writes them cell by cell.
+def assign_shards(plan: IndexPlan, bundle: int) -> np.ndarray:
+    """How many rows of a bundle's shards are in each cell, (C,) int64; writes them by cell.
 
-    The file has one Arrow batch a cell. With a single cell there is nothing to write.
+    With a single cell there is nothing to write.
     """
+    shards = range(*plan.first_shards[bundle : bundle + 2].tolist())
     if plan.centroids is None:
-        return np.array([plan.shards[shard].rows])
-    path = plan.assigned(shard)
-    if storage.exists(path):
-        with storage.open_read(path) as file:
-            reader = pa.ipc.open_file(file)
-            return np.array(json.loads(reader.schema.metadata[b"counts"]))
+        return np.array([sum(plan.shards[shard].rows for shard in shards)])
+    path = plan.assigned(bundle)
+    if batch_files.is_complete(path):
+        return np.array(BatchFile(path).facts["counts"])
     centroids = read_centroids(plan.path(plan.centroids))
+    total = np.zeros(len(centroids), np.int64)
+    with batch_files.writing(path) as out:
+        for shard in shards:
+            if plan.shards[shard].rows:
+                total += _assign(plan, shard, centroids, out)
+        out.facts["counts"] = total.tolist()
+    return total
+
+
+def _assign(
+    plan: IndexPlan, shard: int, centroids: np.ndarray, out: batch_files.Writer
+) -> np.ndarray:
+    """Writes a batch of a shard's rows for each cell that has some; (C,) counts."""
     members = _read_members(plan, shard)
     vectors = members.vectors.astype(np.float32, copy=False)
     cells = partitioning.assign(vectors, centroids, plan.partitioning.spill)
@@ -172,18 +195,27 @@ def assign_shard(plan: IndexPlan, shard: int) -> np.ndarray:
     place = np.repeat(np.arange(len(members)), cells.shape[1])
     home = np.tile(np.arange(cells.shape[1]) == 0, len(members))
     order = np.argsort(cells.ravel(), kind="stable")
-    schema = _assigned_schema(members.vectors).with_metadata(
-        {"counts": json.dumps(counts.tolist())}
-    )
-    with storage.write_atomic(path) as file, pa.ipc.new_file(file, schema) as writer:
-        for chosen in np.split(order, np.cumsum(counts)[:-1]):
+    for cell, chosen in enumerate(np.split(order, np.cumsum(counts)[:-1])):
+        if len(chosen):
             part = members.take(place[chosen])
-            writer.write_batch(_to_batch(part, home[chosen], schema))
+            out.write(
+                cell,
+                {
+                    "row": part.rows,
+                    "id": part.ids,
+                    "label": part.labels,
+                    "home": home[chosen],
+                    "vector": partitions.storable(part.vectors),
+                },
+            )
     return counts
 
 
 def plan_partitions(plan: IndexPlan, counts: Sequence[np.ndarray]) -> list[Task]:
-    """The partitions to build: a cell with too many rows is dealt out to several."""
+    """The partitions to build: a cell with too many rows is dealt out to several.
+
+    counts: of every bundle, (C,) rows by cell.
+    """
     total = np.sum(np.array(counts), axis=0)
     tasks = []
     for cell, rows in enumerate(total.tolist()):
@@ -297,15 +329,7 @@ def _read_members(plan: IndexPlan, shard: int) -> Members:
 
 def _members_of(plan: IndexPlan, task: Task) -> Iterator[Members]:
     seen = 0
-    for shard, entry in enumerate(plan.shards):
-        if not entry.rows:
-            continue
-        if plan.centroids is None:
-            members = _read_members(plan, shard)
-        else:
-            with storage.open_read(plan.assigned(shard)) as file:
-                batch = pa.ipc.open_file(file).get_batch(task.cell)
-            members = _from_batch(batch, DTYPES[plan.dtype])
+    for members in _members_in(plan, task.cell):
         count = len(members)
         if task.parts > 1:  # dealt out row by row, so that the parts are even
             members = members.take(np.arange((task.part - seen) % task.parts, count, task.parts))
@@ -313,41 +337,23 @@ def _members_of(plan: IndexPlan, task: Task) -> Iterator[Members]:
         yield members
 
 
+def _members_in(plan: IndexPlan, cell: int) -> Iterator[Members]:
+    """The rows of a cell, shard by shard."""
+    if plan.centroids is None:
+        yield from (_read_members(plan, n) for n, shard in enumerate(plan.shards) if shard.rows)
+        return
+    for bundle in range(plan.bundles):
+        for columns in BatchFile(plan.assigned(bundle)).read_at_once(cell):
+            yield Members(
+                columns["row"],
+                pa.array(columns["id"], pa.string()),
+                columns["label"],
+                columns["home"],
+                columns["vector"].view(DTYPES[plan.dtype]),
+            )
+
+
 def _no_members(plan: IndexPlan) -> Members:
     none = np.empty(0, np.int64)
     vectors = np.empty((0, 1), DTYPES[plan.dtype])
     return Members(none, pa.array([], pa.string()), none, np.empty(0, bool), vectors)
-
-
-def _assigned_schema(vectors: np.ndarray) -> pa.Schema:
-    row_bytes = vectors.shape[1] * vectors.dtype.itemsize
-    return pa.schema([*partitions.ROWS_SCHEMA, ("vector", pa.binary(row_bytes))])
-
-
-def _to_batch(members: Members, home: np.ndarray, schema: pa.Schema) -> pa.RecordBatch:
-    vectors = pa.py_buffer(np.ascontiguousarray(members.vectors).view(np.uint8))
-    return pa.RecordBatch.from_arrays(
-        [
-            pa.array(members.rows),
-            members.names,
-            pa.array(members.labels),
-            pa.array(home),
-            pa.FixedSizeBinaryArray.from_buffers(
-                schema.field("vector").type, len(members), [None, vectors]
-            ),
-        ],
-        schema=schema,
-    )
-
-
-def _from_batch(batch: pa.RecordBatch, dtype: np.dtype) -> Members:
-    width = batch.schema.field("vector").type.byte_width
-    _, data = batch["vector"].buffers()
-    vectors = np.frombuffer(data or b"", dtype, len(batch) * width // dtype.itemsize)
-    return Members(
-        batch["row"].to_numpy(),
-        batch["id"],
-        batch["label"].to_numpy(),
-        batch["home"].to_numpy(zero_copy_only=False),
-        vectors.reshape(len(batch), width // dtype.itemsize),
-    )

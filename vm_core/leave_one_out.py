@@ -46,7 +46,6 @@ FORMAT = 1
 _QUERY_ROWS = 8192
 _SPARE = 32
 _TIES = 16
-_BUNDLES = 1024
 
 
 class LeaveOneOutConfig(plugins.Settings):
@@ -119,13 +118,8 @@ class LeaveOneOutPlan:
 
     @cached_property
     def first_shards(self) -> np.ndarray:
-        """(B + 1,) int64: the first shard of each bundle, and the number of shards.
-
-        Bundles of consecutive shards keep what partitions write for shards in few pieces.
-        """
-        shards = len(self.first_rows) - 1
-        bundles = min(shards, _BUNDLES)
-        return np.arange(bundles + 1) * shards // max(1, bundles)
+        """(B + 1,) int64: the first shard of each bundle, and the number of shards."""
+        return batch_files.first_of_bundles(len(self.first_rows) - 1)
 
     @property
     def bundles(self) -> int:

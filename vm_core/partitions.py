@@ -100,10 +100,12 @@ def write(folder: str, members: Members) -> None:
         [members.rows, members.names, members.labels, members.home], schema=ROWS_SCHEMA
     )
     pq.write_table(table, os.path.join(folder, _ROWS))
-    vectors = members.vectors
-    if vectors.dtype == DTYPES["bfloat16"]:
-        vectors = vectors.view(np.uint16)  # NumPy's file format has no name for bfloat16
-    np.save(os.path.join(folder, _VECTORS), vectors)
+    np.save(os.path.join(folder, _VECTORS), storable(members.vectors))
+
+
+def storable(vectors: np.ndarray) -> np.ndarray:
+    """The vectors, bfloat16 as uint16: neither NumPy's file format nor Arrow has it."""
+    return vectors.view(np.uint16) if vectors.dtype == DTYPES["bfloat16"] else vectors
 
 
 def read_members(folder: str) -> Members:

@@ -74,7 +74,7 @@ def test_equals_the_same_computation_without_beam(memory, tmp_path, monkeypatch)
         for shard in reversed(range(SHARDS))
     ]
     index_plan = building.plan_index(plan, entries)
-    counts = [indexing.assign_shard(index_plan, shard) for shard in range(SHARDS)]
+    counts = [indexing.assign_shards(index_plan, bundle) for bundle in range(index_plan.bundles)]
     partitions = [
         indexing.build_partition(index_plan, task)
         for task in indexing.plan_partitions(index_plan, counts)

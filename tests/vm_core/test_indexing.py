@@ -6,7 +6,7 @@ import fsspec
 import numpy as np
 import pytest
 
-from vm_core import index, indexing, partitioning, partitions, recall, storage
+from vm_core import batch_files, index, indexing, partitioning, partitions, recall, storage
 from vm_core.errors import VisualMemoryError
 from vm_core.index.exact import top_k
 from vm_core.indexing import IndexPlan, ShardRows
@@ -53,7 +53,7 @@ def plan_of(root: str, block: EmbeddingBlock, dtype: str = "float32", **settings
 def build(plan: IndexPlan) -> list[indexing.PartitionEntry]:
     shards = range(SHARDS)
     indexing.train(plan, [(shard, indexing.sample_shard(plan, shard)) for shard in shards[::-1]])
-    counts = [indexing.assign_shard(plan, shard) for shard in shards]
+    counts = [indexing.assign_shards(plan, bundle) for bundle in range(plan.bundles)]
     tasks = indexing.plan_partitions(plan, counts)
     return [indexing.build_partition(plan, task) for task in tasks]
 
@@ -115,6 +115,17 @@ def test_what_is_there_is_not_done_again_and_a_second_build_has_the_same_bytes(
     assert plan_of(str(tmp_path / "c"), rows, rows=90, seed=1).recipe != first.recipe
     same_files = plan_of(str(tmp_path / "d"), rows, rows=90, probes=3, coverage=0.5)
     assert same_files.recipe == first.recipe
+
+
+def test_bundles_of_shards_leave_no_trace_in_the_bytes(tmp_path, monkeypatch):
+    rows = block(8)
+    alone = plan_of(str(tmp_path / "a"), rows, "bfloat16", rows=90)
+    assert alone.bundles == 3
+    entries = build(alone)
+    monkeypatch.setattr(batch_files, "BUNDLES", 2)
+    bundled = plan_of(str(tmp_path / "b"), rows, "bfloat16", rows=90)
+    assert bundled.first_shards.tolist() == [0, 1, 3]
+    assert build(bundled) == entries
 
 
 def test_on_storage_that_is_not_local():

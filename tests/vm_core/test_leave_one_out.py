@@ -15,7 +15,7 @@ import pyarrow as pa
 import pytest
 from rich.console import Console
 
-from vm_core import leave_one_out, partitions, plugins, score_tables, storage
+from vm_core import batch_files, leave_one_out, partitions, plugins, score_tables, storage
 from vm_core.classes import ClassTable
 from vm_core.errors import VisualMemoryError
 from vm_core.index import exact
@@ -315,7 +315,7 @@ def test_bundles_of_shards_leave_no_trace_in_the_bytes(tmp_path, monkeypatch):
     run(plan_for(memory))
     each = files(memory)
     storage.remove_directory(memory.path("scores"))
-    monkeypatch.setattr(leave_one_out, "_BUNDLES", 2)
+    monkeypatch.setattr(batch_files, "BUNDLES", 2)
     plan = plan_for(memory)
     assert plan.first_shards.tolist() == [0, 1, 3]
     run(plan)
