@@ -124,7 +124,7 @@ def run(
     options = pipeline_options(arguments)
     if _is_dataflow(options):  # it says where the job can be watched, and how it fares
         logging.getLogger("apache_beam.runners.dataflow").setLevel(logging.INFO)
-    with progress.display(stages):
+    with progress.display({} if _is_dataflow(options) else stages):
         try:
             with beam.Pipeline(options=options) as pipeline:
                 define(pipeline)
