@@ -122,9 +122,11 @@ def run(
     options say that the pipeline's end is not waited for.
     """
     options = pipeline_options(arguments)
-    if _is_dataflow(options):  # it says where the job can be watched, and how it fares
+    shown: contextlib.AbstractContextManager[None] = progress.display(stages)
+    if _is_dataflow(options):  # says itself where the job can be watched, and how it fares
         logging.getLogger("apache_beam.runners.dataflow").setLevel(logging.INFO)
-    with progress.display({} if _is_dataflow(options) else stages):
+        shown = contextlib.nullcontext()
+    with shown:
         try:
             with beam.Pipeline(options=options) as pipeline:
                 define(pipeline)

@@ -128,6 +128,7 @@ def test_one_process_a_worker_has_the_accelerator(jobs):
     assert environment.worker_pools[0].num_threads_per_worker == 4
 
 
+@pytest.mark.slow
 def test_the_job_of_a_million_images_is_small(build_plan, tmp_path):
     plan, few = build_plan
     names = [f"n{n % 1000:08}/n{n % 1000:08}_{n:08}.JPEG".encode() for n in range(1_000_000)]

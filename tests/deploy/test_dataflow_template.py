@@ -44,7 +44,7 @@ def test_the_command_takes_every_parameter(command):
     options, rest = flex_template.COMMANDS[command].parser().parse_known_args(line)
     running.check_beam_arguments(rest)  # raises for what neither the command nor Beam has
     of_beam = running.pipeline_options(rest).get_all_options()
-    for name, value in values.items():
+    for name in values:
         found = getattr(options, name) if hasattr(options, name) else of_beam[name]
         assert found not in (None, [], False), name
         if name == "k":

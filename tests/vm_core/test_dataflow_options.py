@@ -10,7 +10,7 @@ from vm_core.planner import Plan, plan
 
 
 def planned(worker="n1-standard-8", accelerator="t4", count=1, **workload) -> Plan:
-    settings = {"items": 10_000_000, "dimension": 384, **workload}
+    settings = {"items": 10_000_000, "dimension": 384, "deadline_hours": 24.0, **workload}
     found = worker_types.find(worker, accelerator, count)
     return plan(Workload(**settings), calibration.DEFAULT, found)
 
