@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 # and then refuses the lock. uv does not.
 UV := 0.13.9
 
-.PHONY: venv demo test check lock clean
+.PHONY: venv demo test check dataflow-check lock clean
 
 venv: $(VENV)/complete
 
@@ -32,11 +32,17 @@ check: venv
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+dataflow-check: venv
+	scripts/dataflow check
+
 lock:
 	$(BIN)/python -m pip install --quiet uv==$(UV)
 	$(BIN)/uv pip compile setup.py --extra gcs --extra keras --extra dev --python-version 3.11 \
 	  --generate-hashes --no-emit-index-url --custom-compile-command "make lock" \
 	  --output-file requirements.lock
+	$(BIN)/uv pip compile setup.py --extra gcs --extra keras --extra gpu --python-version 3.11 \
+	  --generate-hashes --no-emit-index-url --custom-compile-command "make lock" \
+	  --constraint requirements.lock --output-file deploy/dataflow/requirements.lock
 
 clean:
 	rm -rf $(VENV) .cache out

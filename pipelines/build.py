@@ -14,26 +14,24 @@ import apache_beam as beam
 from rich.console import Console
 
 from pipelines import commands, index, running
-from pipelines.embedding import EmbedSplits
-from vm_core import building, config, summary
+from pipelines.embedding import embed
+from vm_core import building, config, split_files, summary
 from vm_core.building import BuildConfig, BuildPlan
 from vm_core.memory import Memory
-from vm_core.records import Embedded, shard_of
-from vm_core.sources import Split
+from vm_core.records import Embedded
 
 
-def define_pipeline(
-    root: beam.Pipeline, plan: BuildPlan, splits: Sequence[tuple[int, Split]]
-) -> None:
-    """Adds a planned build to a pipeline: tests and production runs execute the same graph."""
+def define_pipeline(root: beam.Pipeline, plan: BuildPlan, files: Sequence[str]) -> None:
+    """Adds a planned build to a pipeline: tests and production runs execute the same graph.
+
+    files: with the splits to read. Only names and numbers travel: the splits, and what is
+    known of finished shards, are for the workers to read.
+    """
     shards = plan.config.shards
-    finished = building.finished_shards(plan)
-    missing = frozenset(range(shards)) - finished.keys()
-    embedded = (
-        root
-        | "Splits" >> beam.Create(splits if missing else [])  # spreads them over the workers
-        | "Embed" >> beam.ParDo(EmbedSplits(plan.embedding, shards, _wanted(missing, shards)))
-        | "Missing" >> beam.Filter(lambda part: part[0] in missing)
+    finished = building.finished_shards(plan).keys()
+    missing = frozenset(range(shards)) - finished
+    embedded = embed(
+        root, files if missing else [], plan.embedding, shards, missing if finished else None
     )
     # A shard that no image falls into is written all the same: every one has its files.
     empty = root | "Shards" >> beam.Create(
@@ -45,7 +43,11 @@ def define_pipeline(
         | "GroupByShard" >> beam.GroupByKey()
         | "WriteShards" >> beam.MapTuple(partial(building.write_shard_files, plan))
     )
-    done = root | "Finished" >> beam.Create(list(finished.values()), reshuffle=False)
+    done = (
+        root
+        | "Finished" >> beam.Create(sorted(finished), reshuffle=False)
+        | "ReadEntries" >> beam.Map(partial(building.read_entry, plan))
+    )
     entries = (written, done) | "AllShards" >> beam.Flatten() | "List" >> beam.combiners.ToList()
     index.define_pipeline(
         root,
@@ -55,30 +57,23 @@ def define_pipeline(
     )
 
 
-def _wanted(missing: frozenset[int], shards: int) -> partial[bool] | None:
-    return None if len(missing) == shards else partial(_is_in, missing, shards)
-
-
-def _is_in(missing: frozenset[int], shards: int, id: str) -> bool:
-    return shard_of(id, shards) in missing
-
-
 def build(configuration: BuildConfig, beam_arguments: Sequence[str] = ()) -> Memory:
     """Runs a build to its end, unless it is published already, and opens that version."""
     plan, splits = building.plan_build(configuration)
     if building.is_published(plan):
         return Memory(plan.root)
+    running.check_reachable(beam_arguments, plan.root, *(s.path for s in plan.config.sources))
     images = sum(plan.config.sources[i].expected(split) for i, split in splits)
+    files = split_files.write(plan.embedding.checkpoints, splits)
     running.run(
-        lambda root: define_pipeline(root, plan, splits),
+        lambda root: define_pipeline(root, plan, files),
         beam_arguments,
         {"encode": images or None, "write": plan.config.shards, "index": 1},
     )
     return Memory(plan.root)
 
 
-def command(arguments: Sequence[str]) -> None:
-    """visual-memory build"""
+def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="visual-memory build",
         description="Reads images, encodes them, writes shards and an index, publishes a version.",
@@ -86,7 +81,12 @@ def command(arguments: Sequence[str]) -> None:
     )
     parser.add_argument("--config", required=True, help="YAML file that describes the build")
     commands.add_set_option(parser)
-    options, beam_arguments = parser.parse_known_args(arguments)
+    return parser
+
+
+def command(arguments: Sequence[str]) -> None:
+    """visual-memory build"""
+    options, beam_arguments = parser().parse_known_args(arguments)
     running.check_beam_arguments(beam_arguments)
     configuration = config.load(BuildConfig, options.config, options.set)
     Console().print(summary.of_build(build(configuration, beam_arguments)))

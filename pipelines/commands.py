@@ -15,6 +15,10 @@ from vm_core.errors import VisualMemoryError
 EPILOG = "Every other option goes to Beam, such as --runner=FlinkRunner."
 
 
+class HandedOver(Exception):
+    """The pipeline was given away to run elsewhere, and there is nothing to show yet."""
+
+
 def add_set_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--set",
@@ -37,6 +41,8 @@ def main(command: Callable[[Sequence[str]], None], arguments: Sequence[str] | No
     except VisualMemoryError as error:
         Console(stderr=True, soft_wrap=True, highlight=False).print(f"error: {error}", markup=False)
         return 2
+    except HandedOver as remark:
+        Console(stderr=True, soft_wrap=True, highlight=False).print(str(remark), markup=False)
     except KeyboardInterrupt:
         Console(stderr=True).print("stopped; a rerun goes on where this one was")
         return 130

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 
 import apache_beam as beam
 from apache_beam.metrics import Metrics
 from apache_beam.utils.shared import Shared
 
+from pipelines import hints
+from vm_core import split_files
 from vm_core.embedding import BatchedEncoder, EmbedPlan, by_shard, embed_split
 from vm_core.encoders import Encoder
-from vm_core.records import Embedded
+from vm_core.records import Embedded, shard_of
 from vm_core.sources import Split
 
 
 class LazyEncoder:
-    """An encoder that is loaded when first called for, once per process."""
+    """An encoder that is loaded when first called for, once per process.
+
+    Every copy of it in a process, in whatever thread, has the same one. So where workers
+    are threads of one process, an accelerator holds one model; see running.pipeline_options.
+    """
 
     def __init__(self, settings: Encoder):
         self._settings = settings
@@ -30,19 +36,45 @@ class LazyEncoder:
 class EmbedSplits(beam.DoFn):
     """(source number, Split) -> (shard, Embedded): reads, decodes and encodes a split.
 
-    ``wanted`` tells by id which images to encode; all of them if it is None.
+    ``missing``: the shards that are to be made; all of them if it is None.
     """
 
-    def __init__(self, plan: EmbedPlan, shards: int, wanted: Callable[[str], bool] | None = None):
+    def __init__(self, plan: EmbedPlan, shards: int, missing: frozenset[int] | None = None):
         self._plan = plan
         self._shards = shards
-        self._wanted = wanted
+        self._missing = missing
         self._encoder = LazyEncoder(plan.encoder)
         self._embedded = Metrics.counter("visual_memory", "images_embedded")
         self._rejected = Metrics.counter("visual_memory", "images_quarantined")
 
     def process(self, split: tuple[int, Split]) -> Iterator[tuple[int, Embedded]]:
-        embedded = embed_split(self._plan, split, self._encoder, self._wanted)
+        wanted = None if self._missing is None else self._wanted
+        embedded = embed_split(self._plan, split, self._encoder, wanted)
         self._embedded.inc(len(embedded.block))
         self._rejected.inc(len(embedded.rejected))
-        yield from by_shard(embedded, self._shards)
+        for shard, part in by_shard(embedded, self._shards):
+            if self._missing is None or shard in self._missing:
+                yield shard, part
+
+    def _wanted(self, id: str) -> bool:
+        return self._missing is None or shard_of(id, self._shards) in self._missing
+
+
+def embed(
+    root: beam.Pipeline,
+    files: Sequence[str],
+    plan: EmbedPlan,
+    shards: int,
+    missing: frozenset[int] | None = None,
+) -> beam.PCollection[tuple[int, Embedded]]:
+    """Embeds the images behind the splits in some files (of vm_core.split_files), by shard."""
+    return (
+        root
+        | "SplitFiles" >> beam.Create(files)
+        | "Splits" >> beam.FlatMap(split_files.read)
+        | "SpreadSplits" >> beam.Reshuffle()
+        | "Embed"
+        >> beam.ParDo(EmbedSplits(plan, shards, missing)).with_resource_hints(
+            **hints.of_encoding(root)
+        )
+    )

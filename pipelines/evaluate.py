@@ -16,9 +16,9 @@ import numpy as np
 from apache_beam.utils.shared import Shared
 from rich.console import Console
 
-from pipelines import commands, running
-from pipelines.embedding import EmbedSplits
-from vm_core import config, evaluation, sources, summary
+from pipelines import commands, hints, running
+from pipelines.embedding import embed
+from vm_core import config, evaluation, sources, split_files, summary
 from vm_core.embedding import by_shard
 from vm_core.errors import VisualMemoryError
 from vm_core.evaluation import EvaluationConfig, EvaluationPlan, Outcome, Part
@@ -63,15 +63,18 @@ class MergeOutcomes(beam.CombineFn):
         return accumulator
 
 
-def define_pipeline(root: beam.Pipeline, plan: EvaluationPlan, work: Sequence[Any]) -> None:
-    """Adds a planned evaluation to a pipeline."""
+def define_pipeline(root: beam.Pipeline, plan: EvaluationPlan, files: Sequence[str]) -> None:
+    """Adds a planned evaluation to a pipeline.
+
+    files: with the splits of the queries' images, or with their embeddings.
+    """
     shards = plan.config.query_shards
-    spread = root | "Work" >> beam.Create(work)  # spreads it over the workers
     if plan.config.queries:
-        embedded = spread | "Embed" >> beam.ParDo(EmbedSplits(plan.embedding, shards))
+        embedded = embed(root, files, plan.embedding, shards)
     else:
         embedded = (
-            spread
+            root
+            | "Files" >> beam.Create(files)  # spreads them over the workers
             | "Read" >> beam.FlatMap(partial(evaluation.read_embeddings, plan))
             | "ByShard" >> beam.FlatMap(by_shard, shards)
         )
@@ -88,7 +91,7 @@ def define_pipeline(root: beam.Pipeline, plan: EvaluationPlan, work: Sequence[An
         gathered
         | "Route" >> beam.FlatMap(lambda pair: evaluation.route(plan, pair[0], pair[1].block))
         | "SpreadParts" >> beam.Reshuffle()
-        | "Search" >> beam.ParDo(SearchParts(plan))
+        | "Search" >> beam.ParDo(SearchParts(plan)).with_resource_hints(**hints.of_partitions(root))
     )
     _ = (
         {"queries": gathered, "found": found}
@@ -115,24 +118,34 @@ def evaluate(
 ) -> tuple[EvaluationPlan, dict[str, Any]]:
     """Runs an evaluation, or finds its results complete; returns the plan and the metrics."""
     plan, work = evaluation.plan_evaluation(configuration)
+    return plan, run(plan, work, beam_arguments)
+
+
+def run(plan: EvaluationPlan, work: Sequence[Any], beam_arguments: Sequence[str]) -> dict[str, Any]:
+    """Runs a planned evaluation, or finds its results complete; returns the metrics."""
+    results = evaluation.finished_results(plan)
+    if results is not None:
+        return results
+    queries = plan.config.queries
+    running.check_reachable(
+        beam_arguments, plan.memory.root, plan.output, *(source.path for source in queries)
+    )
+    known, files = 0, work
+    if queries:
+        known = sum(queries[i].expected(split) for i, split in work)
+        files = split_files.write(plan.embedding.checkpoints, work)
+    running.run(
+        lambda root: define_pipeline(root, plan, files),
+        beam_arguments,
+        {"encode": known or None, "search": known or None},
+    )
     results = evaluation.finished_results(plan)
     if results is None:
-        known = 0
-        if plan.config.queries:
-            known = sum(plan.config.queries[i].expected(split) for i, split in work)
-        running.run(
-            lambda root: define_pipeline(root, plan, work),
-            beam_arguments,
-            {"encode": known or None, "search": known or None},
-        )
-        results = evaluation.finished_results(plan)
-    if results is None:
         raise VisualMemoryError(f"the pipeline ended without results in {plan.output}")
-    return plan, results
+    return results
 
 
-def command(arguments: Sequence[str]) -> None:
-    """visual-memory evaluate"""
+def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="visual-memory evaluate",
         description="Classifies labelled queries: neighbours, votes, metrics, report.",
@@ -159,7 +172,12 @@ def command(arguments: Sequence[str]) -> None:
         "--export-neighbors", metavar="FILE.json", help="also write the neighbours as JSON"
     )
     commands.add_set_option(parser)
-    options, beam_arguments = parser.parse_known_args(arguments)
+    return parser
+
+
+def command(arguments: Sequence[str]) -> None:
+    """visual-memory evaluate"""
+    options, beam_arguments = parser().parse_known_args(arguments)
     running.check_beam_arguments(beam_arguments)
     given = {
         "memory": options.memory,

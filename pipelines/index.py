@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 import apache_beam as beam
 from apache_beam.pvalue import AsList, AsSingleton
 
+from pipelines import hints
 from vm_core import indexing, recall
 from vm_core.indexing import IndexPlan, PartitionEntry
 from vm_core.memory import Manifest, ShardEntry
@@ -48,7 +49,10 @@ def define_pipeline(
     built = (
         tasks
         | "SpreadPartitions" >> beam.Reshuffle()
-        | "Build" >> beam.Map(lambda task, plan: indexing.build_partition(plan, task), the_plan)
+        | "Build"
+        >> beam.Map(
+            lambda task, plan: indexing.build_partition(plan, task), the_plan
+        ).with_resource_hints(**hints.of_partitions(root))
     )
     queries = (
         built | "Built" >> beam.combiners.ToList() | "HeldOut" >> beam.Map(_held_out, the_plan)
@@ -56,7 +60,10 @@ def define_pipeline(
     hits = (
         built
         | "SpreadBuilt" >> beam.Reshuffle()
-        | "SearchHeldOut" >> beam.FlatMap(_search_held_out, the_plan, AsSingleton(queries))
+        | "SearchHeldOut"
+        >> beam.FlatMap(_search_held_out, the_plan, AsSingleton(queries)).with_resource_hints(
+            **hints.of_partitions(root)
+        )
         | "MergeHits" >> beam.CombineGlobally(_merge_hits)
     )
     _ = entries | "Publish" >> beam.Map(publish, AsList(built), AsSingleton(hits))

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from rich.console import Console
 
 from pipelines import commands
-from vm_core import calibration, plan_summary, plugins, worker_types
+from vm_core import calibration, dataflow_options, plan_summary, plugins, worker_types
 from vm_core.estimates import ITEM_BYTES, REORDER_BYTES, Workload
 from vm_core.partitioning import Partitioning
 from vm_core.planner import plan
@@ -53,7 +53,13 @@ def _parser() -> argparse.ArgumentParser:
     add("--accelerators", type=_whole, default=1, help="how many of it (default 1)")
     add("--deadline-hours", type=float, default=24, help="0: none (default 24)")
     add("--calibration", metavar="FILE", help="of benchmarks.calibrate (default: built in)")
-    add("--json", action="store_true", help="print the plan as JSON")
+    shown = parser.add_mutually_exclusive_group()
+    shown.add_argument("--json", action="store_true", help="print the plan as JSON")
+    shown.add_argument(
+        "--dataflow-options",
+        action="store_true",
+        help="print it as options of a command on Dataflow, one a line",
+    )
     return parser
 
 
@@ -83,6 +89,8 @@ def command(arguments: Sequence[str]) -> None:
     result = plan(workload, constants, worker)
     if options.json:
         print(json.dumps(plan_summary.as_json(result), indent=1))
+    elif options.dataflow_options:
+        print("\n".join(dataflow_options.of_plan(result)))
     else:
         Console().print(plan_summary.of_plan(result))
 

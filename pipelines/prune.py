@@ -18,8 +18,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from pipelines import commands, running, score
-from pipelines.evaluate import define_pipeline
+from pipelines import commands, evaluate, running, score
 from vm_core import config, evaluation, plugins, pruning, sources, storage
 from vm_core.errors import VisualMemoryError
 from vm_core.evaluation import EvaluationConfig
@@ -54,7 +53,7 @@ def prune(
     A dry run does all but publish: its side tables stay, and no version refers to them.
     """
     memory = Memory(configuration.memory)
-    base = pruning.with_manifest(memory, pruning.unweighted(memory.manifest))
+    base = memory.with_manifest(pruning.unweighted(memory.manifest))
     if configuration.scores:
         scores = pruning.read_scores(configuration.scores, configuration.column)
         pruning.check_ids(base, scores)
@@ -76,7 +75,7 @@ def prune(
         storage.remove_directory(work)
     version = None
     if changes and not dry_run:
-        pruned = pruning.with_manifest(pruned, pruning.publish_staged(pruned))
+        pruned = pruned.with_manifest(pruning.publish_staged(pruned))
         version = pruned.manifest.version
     return Pruned(pruned, version, scores, before, after)
 
@@ -101,16 +100,7 @@ def _measure(
     plan, work = evaluation.plan_evaluation(plugins.validate(EvaluationConfig, given, "evaluation"))
     fingerprint = f"{plan.fingerprint}-{memory.manifest.content_digest[:16]}"
     plan = replace(plan, memory=memory, fingerprint=fingerprint)
-    results = evaluation.finished_results(plan)
-    if results is None:
-        running.run(
-            lambda root: define_pipeline(root, plan, work),
-            beam_arguments,
-            {"encode": None, "search": None},
-        )
-        results = evaluation.finished_results(plan)
-    if results is None:
-        raise VisualMemoryError(f"the pipeline ended without results in {plan.output}")
+    results = evaluate.run(plan, work, beam_arguments)
     if results["tuning"] is None:
         raise VisualMemoryError(
             f"none of the {results['queries']['embedded']:,} queries is a tuning query, and the "
@@ -239,6 +229,7 @@ def command(arguments: Sequence[str]) -> None:
     commands.add_set_option(parser)
     options, beam_arguments = parser.parse_known_args(arguments)
     running.check_beam_arguments(beam_arguments)
+    running.check_waits(beam_arguments)
     names = ("memory", "method", "by", "threshold", "share", "scores", "score_column", "lowest")
     given = {name: getattr(options, name) for name in names}
     queries = [sources.from_argument(path).model_dump() for path in options.queries or []]

@@ -5,14 +5,23 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
 
 import apache_beam as beam
-from apache_beam.options.pipeline_options import PipelineOptions, SetupOptions, StandardOptions
+from apache_beam.options.pipeline_options import (
+    DebugOptions,
+    GoogleCloudOptions,
+    PipelineOptions,
+    SetupOptions,
+    StandardOptions,
+    TestOptions,
+)
 from apache_beam.runners import create_runner
 
-from vm_core import progress
+from pipelines import commands, hints
+from vm_core import progress, storage
 from vm_core.errors import VisualMemoryError
 
 # The DirectRunner tries to download and start Prism first and falls back to this one.
@@ -25,6 +34,11 @@ def pipeline_options(arguments: Sequence[str]) -> PipelineOptions:
     if options.view_as(StandardOptions).runner is None:
         options.view_as(StandardOptions).runner = LOCAL_RUNNER
     options.view_as(SetupOptions).save_main_session = False
+    if options.view_as(hints.HintOptions).encode_accelerator:
+        # Dataflow starts a process per core, and each would load a model into the same
+        # accelerator. In one process the threads share it (embedding.LazyEncoder), and
+        # decoding, encoding and searching run outside Python's lock.
+        options.view_as(DebugOptions).add_experiment("no_use_multiple_sdk_containers")
     return options
 
 
@@ -42,6 +56,7 @@ def check_beam_arguments(arguments: Sequence[str]) -> Sequence[str]:
         except SystemExit:  # what argparse does about an unusable value, after pages of usage
             reason = said.getvalue().rpartition("error: ")[2].strip()
             raise VisualMemoryError(f"{reason}. See Beam's documentation of this option") from None
+    hints.check(options)
     runner = options.view_as(StandardOptions).runner or LOCAL_RUNNER
     try:
         create_runner(runner)
@@ -59,6 +74,42 @@ def check_beam_arguments(arguments: Sequence[str]) -> Sequence[str]:
     return arguments
 
 
+def check_reachable(arguments: Sequence[str], *paths: str) -> None:
+    """Raises VisualMemoryError for local files where the workers are other machines."""
+    if not _is_dataflow(pipeline_options(arguments)):
+        return
+    if local := [path for path in paths if storage.is_local(path)]:
+        raise VisualMemoryError(
+            f"--runner=DataflowRunner: its workers cannot reach the local path {local[0]!r}. Copy "
+            "it to a bucket and give gs://BUCKET/PATH"
+        )
+
+
+def check_waits(arguments: Sequence[str]) -> None:
+    """Raises VisualMemoryError for options that hand a pipeline over without waiting for it."""
+    if remark := _handed_over(pipeline_options(arguments)):
+        raise VisualMemoryError(
+            "this command runs several pipelines and looks at each one's results, but with these "
+            f"options {remark}. Leave out --template_location, --dry_run and "
+            "--no_wait_until_finish"
+        )
+
+
+def _is_dataflow(options: PipelineOptions) -> bool:
+    return str(options.view_as(StandardOptions).runner).lower().endswith("dataflowrunner")
+
+
+def _handed_over(options: PipelineOptions) -> str | None:
+    """What becomes of the pipeline, unless this process waits for its end."""
+    if template := options.view_as(GoogleCloudOptions).template_location:
+        return f"the job is written to {template} and runs when that is launched"
+    if options.view_as(TestOptions).dry_run:
+        return "the job is made and not run"
+    if options.view_as(StandardOptions).no_wait_until_finish:
+        return "the job runs elsewhere; when it is done, the same command shows its results"
+    return None
+
+
 def run(
     define: Callable[[beam.Pipeline], object],
     arguments: Sequence[str],
@@ -67,15 +118,22 @@ def run(
     """Runs a pipeline to its end, with progress bars where a terminal is watching.
 
     An error that a worker raised for the user comes out as the VisualMemoryError it
-    was; Beam would wrap it in the worker's traceback.
+    was; Beam would wrap it in the worker's traceback. Raises commands.HandedOver where the
+    options say that the pipeline's end is not waited for.
     """
     options = pipeline_options(arguments)
-    with progress.display(stages):
+    shown: contextlib.AbstractContextManager[None] = progress.display(stages)
+    if _is_dataflow(options):  # says itself where the job can be watched, and how it fares
+        logging.getLogger("apache_beam.runners.dataflow").setLevel(logging.INFO)
+        shown = contextlib.nullcontext()
+    with shown:
         try:
             with beam.Pipeline(options=options) as pipeline:
                 define(pipeline)
         except Exception as error:
             raise _for_the_user(error) or error from None
+    if remark := _handed_over(options):
+        raise commands.HandedOver(remark)
 
 
 def _for_the_user(error: Exception) -> VisualMemoryError | None:

@@ -14,7 +14,7 @@ from typing import Any
 import apache_beam as beam
 from rich.console import Console
 
-from pipelines import commands, running
+from pipelines import commands, hints, running
 from vm_core import config, leave_one_out, score_tables
 from vm_core.errors import VisualMemoryError
 from vm_core.leave_one_out import LeaveOneOutConfig, LeaveOneOutPlan
@@ -26,19 +26,28 @@ def define_pipeline(root: beam.Pipeline, plan: LeaveOneOutPlan) -> None:
     homes = (
         root
         | "Partitions" >> beam.Create(range(plan.partitions))
-        | "SearchHome" >> beam.Map(lambda number: (number, leave_one_out.search_home(plan, number)))
+        | "SearchHome"
+        >> beam.Map(
+            lambda number: (number, leave_one_out.search_home(plan, number))
+        ).with_resource_hints(**hints.of_partitions(root))
     )
     visited = (
         homes
         | "Visits" >> beam.FlatMapTuple(lambda source, others: [(o, source) for o in others])
         | "ByVisited" >> beam.GroupByKey()
-        | "SearchVisitors" >> beam.FlatMapTuple(partial(_search_visitors, plan))
+        | "SearchVisitors"
+        >> beam.FlatMapTuple(partial(_search_visitors, plan)).with_resource_hints(
+            **hints.of_partitions(root)
+        )
     )
     scored = (
         (homes | "AtHome" >> beam.MapTuple(lambda number, _: (number, number)), visited)
         | "Everywhere" >> beam.Flatten()
         | "ByHome" >> beam.GroupByKey()
-        | "ScorePartition" >> beam.MapTuple(partial(_score_partition, plan))
+        | "ScorePartition"
+        >> beam.MapTuple(partial(_score_partition, plan)).with_resource_hints(
+            **hints.of_partitions(root)
+        )
         | "ListScored" >> beam.combiners.ToList()
     )
     _ = (
@@ -79,6 +88,7 @@ def run(
     plan = leave_one_out.plan_scores(memory, configuration)
     results = score_tables.finished_scores(plan)
     if results is None:
+        running.check_reachable(beam_arguments, memory.root)
         items, shards = int(plan.first_rows[-1]), len(plan.first_rows) - 1
         running.run(
             lambda root: define_pipeline(root, plan),
@@ -91,8 +101,7 @@ def run(
     return results
 
 
-def command(arguments: Sequence[str]) -> None:
-    """visual-memory score"""
+def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="visual-memory score",
         description="Scores every item of a memory by how it helps or misleads the others.",
@@ -104,7 +113,12 @@ def command(arguments: Sequence[str]) -> None:
         "--k", type=int, nargs="+", help="count among so many neighbours (default 10 100)"
     )
     commands.add_set_option(parser)
-    options, beam_arguments = parser.parse_known_args(arguments)
+    return parser
+
+
+def command(arguments: Sequence[str]) -> None:
+    """visual-memory score"""
+    options, beam_arguments = parser().parse_known_args(arguments)
     running.check_beam_arguments(beam_arguments)
     given = {"memory": options.memory, "ks": options.k}
     overrides = {key: value for key, value in given.items() if value is not None}

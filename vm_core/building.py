@@ -141,12 +141,20 @@ def finished_shards(plan: BuildPlan) -> dict[int, ShardEntry]:
     """The shards that are complete under this plan's fingerprint."""
     finished = {}
     for shard in range(plan.config.shards):
-        marker = plan.path(plan.shard_file("shard", shard, "json"))
-        if storage.exists(marker):
-            entry = ShardEntry.model_validate_json(storage.read_bytes(marker))
+        if storage.exists(_marker(plan, shard)):
+            entry = read_entry(plan, shard)
             if all(storage.exists(plan.path(name)) for name in entry.files):
                 finished[shard] = entry
     return finished
+
+
+def read_entry(plan: BuildPlan, shard: int) -> ShardEntry:
+    """What the marker of a finished shard says."""
+    return ShardEntry.model_validate_json(storage.read_bytes(_marker(plan, shard)))
+
+
+def _marker(plan: BuildPlan, shard: int) -> str:
+    return plan.path(plan.shard_file("shard", shard, "json"))
 
 
 def is_published(plan: BuildPlan) -> bool:
@@ -205,8 +213,7 @@ def write_shard_files(plan: BuildPlan, shard: int, parts: Iterable[Embedded]) ->
         source_counts=dict(sorted(Counter(block.sources).items())),
         reasons=count_reasons(rejected),
     )
-    marker = plan.path(plan.shard_file("shard", shard, "json"))
-    storage.write_bytes(marker, entry.model_dump_json(indent=1).encode())
+    storage.write_bytes(_marker(plan, shard), entry.model_dump_json(indent=1).encode())
     report("write", 1)
     return entry
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
@@ -114,19 +114,26 @@ class Memory:
         path = storage.join(self.root, "versions", f"{name}.json")
         if not storage.exists(path):
             raise VisualMemoryError(f"{root!r} has no version {name!r}: {path} does not exist")
-        try:
-            settings = dict(json.loads(storage.read_bytes(path)))
-            if settings.get("format") != FORMAT:
-                raise VisualMemoryError(
-                    f"{path} has format {settings.get('format')!r}, this program reads {FORMAT}. "
-                    "Build the memory again, or use the release that wrote it"
-                )
-            self.manifest = Manifest.model_validate(settings)
-        except (ValueError, TypeError) as error:
-            reason = str(error).partition("\n")[0]
-            raise VisualMemoryError(
-                f"{path} is damaged: {reason}. Restore it, or build the memory again"
-            ) from error
+        self._file = path
+        self.manifest = _read_manifest(path)
+
+    def with_manifest(self, manifest: Manifest) -> Memory:
+        """The memory as another manifest of the same build describes it."""
+        other = object.__new__(Memory)
+        other.root, other._file, other.manifest = self.root, self._file, manifest
+        return other
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Many steps of a pipeline carry a memory, and its manifest grows with it. So the
+        # lists of files stay behind, and workers read them where they are.
+        bare = self.manifest.model_copy(update={"shards": [], "partitions": []})
+        stamp = storage.stamp(self._file)
+        return {"root": self.root, "_file": self._file, "manifest": bare, "_stamp": stamp}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        lists = _manifest_of_worker(state["_file"], state.pop("_stamp"))
+        update = {"shards": lists.shards, "partitions": lists.partitions}
+        self.__dict__.update(state, manifest=state["manifest"].model_copy(update=update))
 
     @cached_property
     def classes(self) -> ClassTable:
@@ -199,6 +206,28 @@ class Memory:
             if name is not None:
                 found.update(read_thumbnails(self.path(name), members))
         return found
+
+
+def _read_manifest(path: str) -> Manifest:
+    try:
+        settings = dict(json.loads(storage.read_bytes(path)))
+        if settings.get("format") != FORMAT:
+            raise VisualMemoryError(
+                f"{path} has format {settings.get('format')!r}, this program reads {FORMAT}. "
+                "Build the memory again, or use the release that wrote it"
+            )
+        return Manifest.model_validate(settings)
+    except (ValueError, TypeError) as error:
+        reason = str(error).partition("\n")[0]
+        raise VisualMemoryError(
+            f"{path} is damaged: {reason}. Restore it, or build the memory again"
+        ) from error
+
+
+@lru_cache(maxsize=1)
+def _manifest_of_worker(path: str, stamp: str) -> Manifest:
+    """One manifest for all steps and threads of a process. stamp: of the file's content."""
+    return _read_manifest(path)
 
 
 def read_thumbnails(path: str, ids: Sequence[str]) -> dict[str, bytes]:

@@ -17,7 +17,7 @@ from vm_core.errors import VisualMemoryError
 from vm_core.estimates import Estimate, Sizes, Stage, Workload
 from vm_core.worker_types import Worker
 
-_USABLE_MEMORY = 0.85
+USABLE_MEMORY = 0.85
 
 
 @dataclass(frozen=True)
@@ -93,11 +93,11 @@ def plan(workload: Workload, constants: Constants, worker: Worker) -> Plan:
 
 def _placed(stage: Stage, workload: Workload, constants: Constants, worker: Worker) -> StagePlan:
     """A stage on a worker: how many of its tasks at once, and how long it takes one."""
-    room = math.floor(_USABLE_MEMORY * worker.memory_bytes / stage.memory_bytes)
+    room = math.floor(USABLE_MEMORY * worker.memory_bytes / stage.memory_bytes)
     if room < 1:
         raise VisualMemoryError(
             f"{stage.name} needs {stage.memory_bytes / 1e9:,.1f} GB for one task; of the "
-            f"{worker.memory_bytes / 1e9:,.1f} GB of {worker.name}, {_USABLE_MEMORY:.0%} are "
+            f"{worker.memory_bytes / 1e9:,.1f} GB of {worker.name}, {USABLE_MEMORY:.0%} are "
             f"counted on. Take a worker with more memory or {_remedy(stage)}"
         )
     at_once = 1 if stage.shares_cores else max(1, min(worker.cores, room, stage.tasks))

@@ -10,7 +10,6 @@ memory: scores of its items, weights from them, a version that has the weights.
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import itertools
 import json
@@ -361,13 +360,6 @@ def unweighted(manifest: Manifest) -> Manifest:
     return manifest.model_copy(update={"weights": None, "content_digest": digest, "version": name})
 
 
-def with_manifest(memory: Memory, manifest: Manifest) -> Memory:
-    """The memory as another manifest of the same build describes it."""
-    other = copy.copy(memory)
-    other.manifest = manifest
-    return other
-
-
 def stage(memory: Memory, weights: pa.Table, settings: Mapping[str, Any]) -> Memory:
     """Writes weights beside a memory; returns it as it will be once they are published.
 
@@ -412,7 +404,7 @@ def stage(memory: Memory, weights: pa.Table, settings: Mapping[str, Any]) -> Mem
             "version": f"not published, {folder}",
         }
     )
-    return with_manifest(memory, manifest)
+    return memory.with_manifest(manifest)
 
 
 def publish(memory: Memory, weights: pa.Table, settings: Mapping[str, Any]) -> Manifest:
@@ -427,7 +419,7 @@ def undo(memory: Memory) -> Manifest:
             f"version {memory.manifest.version} of {memory.root!r} has no weights: there is "
             "nothing to undo"
         )
-    return publish_staged(with_manifest(memory, unweighted(memory.manifest)))
+    return publish_staged(memory.with_manifest(unweighted(memory.manifest)))
 
 
 def publish_staged(memory: Memory) -> Manifest:

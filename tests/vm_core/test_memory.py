@@ -1,6 +1,7 @@
 """Versions of a memory: published once, swapped at once, opened with clear errors."""
 
 import json
+import pickle
 
 import pytest
 
@@ -172,3 +173,24 @@ def test_the_encoder_must_be_the_memory_s(root, manifest, tmp_path):
     text = str(raised.value)
     assert manifest.encoder_fingerprint in text and repr(str(moved)) in text
     assert "--encoder PATH" in text
+
+
+def test_what_travels_to_workers_does_not_grow_with_the_memory(root, manifest):
+    publish(root, manifest)
+    publish(root, changed(manifest, "e").model_copy(update={"shards": manifest.shards * 500}))
+    small, large = Memory(root, "000001"), Memory(root)
+    assert len(large.manifest.model_dump_json()) > 100_000
+    sizes = [len(pickle.dumps(each)) for each in (small, large)]
+    assert sizes[1] - sizes[0] < 100
+
+
+def test_a_memory_arrives_as_it_was_sent(root, manifest):
+    """Also one whose manifest was changed and not published."""
+    publish(root, manifest)
+    opened = Memory(root)
+    staged = opened.with_manifest(opened.manifest.model_copy(update={"version": "staged"}))
+    publish(root, changed(manifest, "e"))
+    for sent in (opened, staged):
+        arrived = pickle.loads(pickle.dumps(sent))
+        assert (arrived.root, arrived.manifest) == (sent.root, sent.manifest)
+    assert staged.manifest.version == "staged" != opened.manifest.version
