@@ -15,6 +15,7 @@ from rich.console import Console
 
 from pipelines import commands, index, running
 from pipelines.embedding import EmbedSplits
+from pipelines.measuring import measured
 from vm_core import building, config, summary
 from vm_core.building import BuildConfig, BuildPlan
 from vm_core.memory import Memory
@@ -43,7 +44,8 @@ def define_pipeline(
         (embedded, empty)
         | "Gather" >> beam.Flatten()
         | "GroupByShard" >> beam.GroupByKey()
-        | "WriteShards" >> beam.MapTuple(partial(building.write_shard_files, plan))
+        | "WriteShards"
+        >> beam.MapTuple(measured("write", partial(building.write_shard_files, plan)))
     )
     done = root | "Finished" >> beam.Create(list(finished.values()), reshuffle=False)
     entries = (written, done) | "AllShards" >> beam.Flatten() | "List" >> beam.combiners.ToList()
@@ -73,6 +75,7 @@ def build(configuration: BuildConfig, beam_arguments: Sequence[str] = ()) -> Mem
         lambda root: define_pipeline(root, plan, splits),
         beam_arguments,
         {"encode": images or None, "write": plan.config.shards, "index": 1},
+        "build",
     )
     return Memory(plan.root)
 

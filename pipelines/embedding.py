@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import apache_beam as beam
-from apache_beam.metrics import Metrics
 from apache_beam.utils.shared import Shared
 
+from pipelines.measuring import measured
 from vm_core.embedding import BatchedEncoder, EmbedPlan, by_shard, embed_split
 from vm_core.encoders import Encoder
 from vm_core.records import Embedded
@@ -36,13 +36,10 @@ class EmbedSplits(beam.DoFn):
     def __init__(self, plan: EmbedPlan, shards: int, wanted: Callable[[str], bool] | None = None):
         self._plan = plan
         self._shards = shards
+        self._embed = measured("embed", embed_split, lambda _, split, *more: split[1].version[:12])
         self._wanted = wanted
         self._encoder = LazyEncoder(plan.encoder)
-        self._embedded = Metrics.counter("visual_memory", "images_embedded")
-        self._rejected = Metrics.counter("visual_memory", "images_quarantined")
 
     def process(self, split: tuple[int, Split]) -> Iterator[tuple[int, Embedded]]:
-        embedded = embed_split(self._plan, split, self._encoder, self._wanted)
-        self._embedded.inc(len(embedded.block))
-        self._rejected.inc(len(embedded.rejected))
+        embedded = self._embed(self._plan, split, self._encoder, self._wanted)
         yield from by_shard(embedded, self._shards)

@@ -70,7 +70,7 @@ def prune(
         work = pruned.path(f"work/prune-{weights.folder.rpartition('/')[2]}")
         output = settings.pop("output", None) or work
         before, after = (
-            _measure(settings, version, storage.join(output, name), beam_arguments)
+            _measure(settings, version, storage.join(output, name), beam_arguments, name)
             for name, version in (("before", base), ("after", pruned))
         )
         storage.remove_directory(work)
@@ -93,7 +93,11 @@ def _leave_one_out(
 
 
 def _measure(
-    settings: dict[str, Any], memory: Memory, output: str, beam_arguments: Sequence[str]
+    settings: dict[str, Any],
+    memory: Memory,
+    output: str,
+    beam_arguments: Sequence[str],
+    name: str,
 ) -> dict[str, Any]:
     """Metrics of the tuning queries alone: the test queries are not for choosing by them."""
     base = pruning.unweighted(memory.manifest)
@@ -107,6 +111,7 @@ def _measure(
             lambda root: define_pipeline(root, plan, work),
             beam_arguments,
             {"encode": None, "search": None},
+            f"evaluate-{name}",
         )
         results = evaluation.finished_results(plan)
     if results is None:
