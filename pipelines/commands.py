@@ -29,8 +29,13 @@ def add_set_option(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def main(command: Callable[[Sequence[str]], None], arguments: Sequence[str] | None = None) -> int:
-    """Runs a command; an error meant for the user is printed without a traceback."""
+def main(
+    command: Callable[[Sequence[str]], int | None], arguments: Sequence[str] | None = None
+) -> int:
+    """Runs a command and returns the exit status: the command's own, 0 if it has none.
+
+    An error meant for the user is printed without a traceback.
+    """
     # Before TensorFlow is imported, here or in a worker: it reports on hardware it lacks.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -40,7 +45,7 @@ def main(command: Callable[[Sequence[str]], None], arguments: Sequence[str] | No
     logging.getLogger("apache_beam").setLevel(logging.CRITICAL)
     try:
         logs.configure(options.log_format, terminal=not logging.getLogger().handlers)
-        command(arguments)
+        return command(arguments) or 0
     except VisualMemoryError as error:
         if logs.chosen() == "json":
             logging.getLogger(__name__).error("%s", error)
@@ -50,4 +55,3 @@ def main(command: Callable[[Sequence[str]], None], arguments: Sequence[str] | No
     except KeyboardInterrupt:
         Console(stderr=True).print("stopped; a rerun goes on where this one was")
         return 130
-    return 0
