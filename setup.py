@@ -22,6 +22,7 @@ setup(
         "jinja2",
         "ml-dtypes",
         "numpy>=2",
+        "packaging",
         "pillow>=12",
         "protobuf",
         "pyarrow>=20",

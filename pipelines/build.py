@@ -15,6 +15,7 @@ from rich.console import Console
 
 from pipelines import commands, index, running
 from pipelines.embedding import embed
+from pipelines.measuring import measured
 from vm_core import building, config, split_files, summary
 from vm_core.building import BuildConfig, BuildPlan
 from vm_core.memory import Memory
@@ -41,7 +42,8 @@ def define_pipeline(root: beam.Pipeline, plan: BuildPlan, files: Sequence[str]) 
         (embedded, empty)
         | "Gather" >> beam.Flatten()
         | "GroupByShard" >> beam.GroupByKey()
-        | "WriteShards" >> beam.MapTuple(partial(building.write_shard_files, plan))
+        | "WriteShards"
+        >> beam.MapTuple(measured("write", partial(building.write_shard_files, plan)))
     )
     done = (
         root
@@ -69,6 +71,7 @@ def build(configuration: BuildConfig, beam_arguments: Sequence[str] = ()) -> Mem
         lambda root: define_pipeline(root, plan, files),
         beam_arguments,
         {"encode": images or None, "write": plan.config.shards, "index": 1},
+        "build",
     )
     return Memory(plan.root)
 

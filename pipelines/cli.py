@@ -16,6 +16,7 @@ COMMANDS = {
     "score": "which items of a memory mislead: leave-one-out scores",
     "prune": "remove or weigh down the items that mislead, as a new version",
     "plan": "bytes, hours and workers that a memory of any size will take",
+    "doctor": "what this machine and the storage lack, and what to do",
     "analyze": "votes, pruning and reliability from the paper's neighbour tables",
 }
 USAGE = "usage: visual-memory COMMAND ...\n\n" + "".join(

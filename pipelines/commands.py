@@ -5,14 +5,18 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-import sys
 from collections.abc import Callable, Sequence
 
 from rich.console import Console
 
+from vm_core import logs
 from vm_core.errors import VisualMemoryError
 
-EPILOG = "Every other option goes to Beam, such as --runner=FlinkRunner."
+EPILOG = (
+    "--metrics-out=FILE.json (or .prom) writes what the stages did. --log-format=json makes every "
+    "line on standard error one JSON object. Every other option goes to Beam, such as "
+    "--runner=FlinkRunner."
+)
 
 
 class HandedOver(Exception):
@@ -29,21 +33,32 @@ def add_set_option(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def main(command: Callable[[Sequence[str]], None], arguments: Sequence[str] | None = None) -> int:
-    """Runs a command; an error meant for the user is printed without a traceback."""
+def main(
+    command: Callable[[Sequence[str]], int | None], arguments: Sequence[str] | None = None
+) -> int:
+    """Runs a command and returns the exit status: the command's own, 0 if it has none.
+
+    An error meant for the user is printed without a traceback.
+    """
     # Before TensorFlow is imported, here or in a worker: it reports on hardware it lacks.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
+    own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    own.add_argument("--log-format", default=os.environ.get(logs.VARIABLE, "text"))
+    options, arguments = own.parse_known_args(arguments)
     # Beam logs a user's error with its traceback before it raises it.
     logging.getLogger("apache_beam").setLevel(logging.CRITICAL)
     try:
-        command(sys.argv[1:] if arguments is None else arguments)
+        logs.configure(options.log_format, terminal=not logging.getLogger().handlers)
+        return command(arguments) or 0
     except VisualMemoryError as error:
+        if logs.chosen() == "json":
+            logging.getLogger(__name__).error("%s", error)
+            return 2
         Console(stderr=True, soft_wrap=True, highlight=False).print(f"error: {error}", markup=False)
         return 2
     except HandedOver as remark:
         Console(stderr=True, soft_wrap=True, highlight=False).print(str(remark), markup=False)
+        return 0
     except KeyboardInterrupt:
         Console(stderr=True).print("stopped; a rerun goes on where this one was")
         return 130
-    return 0

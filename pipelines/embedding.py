@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import apache_beam as beam
-from apache_beam.metrics import Metrics
 from apache_beam.utils.shared import Shared
 
 from pipelines import hints
+from pipelines.measuring import measured
 from vm_core import split_files
 from vm_core.embedding import BatchedEncoder, EmbedPlan, by_shard, embed_split
 from vm_core.encoders import Encoder
@@ -43,15 +43,12 @@ class EmbedSplits(beam.DoFn):
         self._plan = plan
         self._shards = shards
         self._missing = missing
+        self._embed = measured("embed", embed_split, lambda _, split, *more: split[1].version[:12])
         self._encoder = LazyEncoder(plan.encoder)
-        self._embedded = Metrics.counter("visual_memory", "images_embedded")
-        self._rejected = Metrics.counter("visual_memory", "images_quarantined")
 
     def process(self, split: tuple[int, Split]) -> Iterator[tuple[int, Embedded]]:
         wanted = None if self._missing is None else self._wanted
-        embedded = embed_split(self._plan, split, self._encoder, wanted)
-        self._embedded.inc(len(embedded.block))
-        self._rejected.inc(len(embedded.rejected))
+        embedded = self._embed(self._plan, split, self._encoder, wanted)
         for shard, part in by_shard(embedded, self._shards):
             if self._missing is None or shard in self._missing:
                 yield shard, part

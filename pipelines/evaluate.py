@@ -18,6 +18,7 @@ from rich.console import Console
 
 from pipelines import commands, hints, running
 from pipelines.embedding import embed
+from pipelines.measuring import measured
 from vm_core import config, evaluation, sources, split_files, summary
 from vm_core.embedding import by_shard
 from vm_core.errors import VisualMemoryError
@@ -33,6 +34,7 @@ class SearchParts(beam.DoFn):
     """
 
     def __init__(self, plan: EvaluationPlan):
+        self._search = measured("search", partial(evaluation.search_part, plan))
         self._plan = plan
         self._shared = Shared()
 
@@ -40,7 +42,7 @@ class SearchParts(beam.DoFn):
         self._partitions = self._shared.acquire(self._plan.memory.partition_cache)
 
     def process(self, part: Part) -> Iterator[tuple[int, tuple[np.ndarray, Neighbors]]]:
-        yield part.shard, evaluation.search_part(self._plan, part, self._partitions)
+        yield part.shard, self._search(part, self._partitions)
 
 
 class MergeOutcomes(beam.CombineFn):
@@ -75,7 +77,8 @@ def define_pipeline(root: beam.Pipeline, plan: EvaluationPlan, files: Sequence[s
         embedded = (
             root
             | "Files" >> beam.Create(files)  # spreads them over the workers
-            | "Read" >> beam.FlatMap(partial(evaluation.read_embeddings, plan))
+            | "Read"
+            >> beam.FlatMap(measured("read", partial(evaluation.read_embeddings, plan), _name))
             | "ByShard" >> beam.FlatMap(by_shard, shards)
         )
     empty = root | "Shards" >> beam.Create(
@@ -85,21 +88,29 @@ def define_pipeline(root: beam.Pipeline, plan: EvaluationPlan, files: Sequence[s
         (embedded, empty)
         | "Gather" >> beam.Flatten()
         | "GroupByShard" >> beam.GroupByKey()
-        | "Queries" >> beam.MapTuple(partial(_gather, plan))
+        | "Queries" >> beam.MapTuple(measured("gather", partial(_gather, plan)))
     )
     found = (
         gathered
-        | "Route" >> beam.FlatMap(lambda pair: evaluation.route(plan, pair[0], pair[1].block))
+        | "Route" >> beam.FlatMapTuple(measured("route", partial(_route, plan)))
         | "SpreadParts" >> beam.Reshuffle()
         | "Search" >> beam.ParDo(SearchParts(plan)).with_resource_hints(**hints.of_partitions(root))
     )
     _ = (
         {"queries": gathered, "found": found}
         | "Join" >> beam.CoGroupByKey()
-        | "Evaluate" >> beam.MapTuple(partial(_evaluate, plan))
+        | "Evaluate" >> beam.MapTuple(measured("evaluate", partial(_evaluate, plan)))
         | "Merge" >> beam.CombineGlobally(MergeOutcomes(plan))
-        | "Results" >> beam.Map(partial(evaluation.write_results, plan))
+        | "Results" >> beam.Map(measured("results", partial(evaluation.write_results, plan)))
     )
+
+
+def _name(path: str) -> str:
+    return path.rpartition("/")[2]
+
+
+def _route(plan: EvaluationPlan, shard: int, gathered: evaluation.Gathered) -> Iterator[Part]:
+    return evaluation.route(plan, shard, gathered.block)
 
 
 def _gather(
@@ -121,8 +132,16 @@ def evaluate(
     return plan, run(plan, work, beam_arguments)
 
 
-def run(plan: EvaluationPlan, work: Sequence[Any], beam_arguments: Sequence[str]) -> dict[str, Any]:
-    """Runs a planned evaluation, or finds its results complete; returns the metrics."""
+def run(
+    plan: EvaluationPlan,
+    work: Sequence[Any],
+    beam_arguments: Sequence[str],
+    name: str = "evaluate",
+) -> dict[str, Any]:
+    """Runs a planned evaluation, or finds its results complete; returns the metrics.
+
+    name: of the run, in what is told of it.
+    """
     results = evaluation.finished_results(plan)
     if results is not None:
         return results
@@ -138,6 +157,7 @@ def run(plan: EvaluationPlan, work: Sequence[Any], beam_arguments: Sequence[str]
         lambda root: define_pipeline(root, plan, files),
         beam_arguments,
         {"encode": known or None, "search": known or None},
+        name,
     )
     results = evaluation.finished_results(plan)
     if results is None:

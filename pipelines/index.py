@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 import apache_beam as beam
+import numpy as np
 from apache_beam.pvalue import AsList, AsSingleton
 
 from pipelines import hints
+from pipelines.measuring import measured
 from vm_core import indexing, recall
-from vm_core.indexing import IndexPlan, PartitionEntry
+from vm_core.indexing import IndexPlan, PartitionEntry, Task
 from vm_core.memory import Manifest, ShardEntry
 from vm_core.recall import HeldOut, Hits
 
@@ -31,17 +33,16 @@ def define_pipeline(
     )
     trained = (
         shards
-        | "Sample"
-        >> beam.Map(lambda shard, plan: (shard, indexing.sample_shard(plan, shard)), the_plan)
+        | "Sample" >> beam.Map(measured("sample", _sample), the_plan)
         | "Samples" >> beam.combiners.ToList()
-        | "Train" >> beam.Map(lambda samples, plan: indexing.train(plan, samples), the_plan)
+        | "Train" >> beam.Map(measured("train", _train), the_plan)
     )
     tasks = (
         plan
         | "Bundles" >> beam.FlatMap(lambda one: range(one.bundles))
         | "SpreadBundles" >> beam.Reshuffle()
         # The centroids are a file; that it is there is what this waits for.
-        | "Assign" >> beam.Map(_assign, the_plan, AsSingleton(trained))
+        | "Assign" >> beam.Map(measured("assign", _assign), the_plan, AsSingleton(trained))
         | "Counts" >> beam.combiners.ToList()
         | "Partitions"
         >> beam.FlatMap(lambda counts, plan: indexing.plan_partitions(plan, counts), the_plan)
@@ -50,10 +51,11 @@ def define_pipeline(
         tasks
         | "SpreadPartitions" >> beam.Reshuffle()
         | "Build"
-        >> beam.Map(
-            lambda task, plan: indexing.build_partition(plan, task), the_plan
-        ).with_resource_hints(**hints.of_partitions(root))
+        >> beam.Map(measured("index", _build), the_plan).with_resource_hints(
+            **hints.of_partitions(root)
+        )
     )
+    search_held_out = measured("recall", _search_held_out, lambda entry, *more: entry.folder)
     queries = (
         built | "Built" >> beam.combiners.ToList() | "HeldOut" >> beam.Map(_held_out, the_plan)
     )
@@ -61,12 +63,26 @@ def define_pipeline(
         built
         | "SpreadBuilt" >> beam.Reshuffle()
         | "SearchHeldOut"
-        >> beam.FlatMap(_search_held_out, the_plan, AsSingleton(queries)).with_resource_hints(
+        >> beam.FlatMap(search_held_out, the_plan, AsSingleton(queries)).with_resource_hints(
             **hints.of_partitions(root)
         )
         | "MergeHits" >> beam.CombineGlobally(_merge_hits)
     )
-    _ = entries | "Publish" >> beam.Map(publish, AsList(built), AsSingleton(hits))
+    _ = entries | "Publish" >> beam.Map(
+        measured("publish", publish), AsList(built), AsSingleton(hits)
+    )
+
+
+def _sample(shard: int, plan: IndexPlan) -> tuple[int, np.ndarray]:
+    return shard, indexing.sample_shard(plan, shard)
+
+
+def _train(samples: list[tuple[int, np.ndarray]], plan: IndexPlan) -> None:
+    indexing.train(plan, samples)
+
+
+def _build(task: Task, plan: IndexPlan) -> PartitionEntry:
+    return indexing.build_partition(plan, task)
 
 
 def _assign(bundle: int, plan: IndexPlan, trained: None):

@@ -19,7 +19,7 @@ from vm_core.partitioning import Partitioning
 from vm_core.planner import plan
 
 
-def _whole(text: str) -> int:
+def whole(text: str) -> int:
     """A whole number, also as 1e9."""
     try:
         return int(text)
@@ -36,21 +36,21 @@ def _parser() -> argparse.ArgumentParser:
         description="Bytes, memory, hours and workers of a memory before it is made.",
     )
     add = parser.add_argument
-    add("--items", type=_whole, required=True, help="images in the memory, such as 1e9")
-    add("--dim", type=_whole, required=True, help="numbers in an embedding")
+    add("--items", type=whole, required=True, help="images in the memory, such as 1e9")
+    add("--dim", type=whole, required=True, help="numbers in an embedding")
     add("--dtype", default="float32", help=f"of the shards: {', '.join(ITEM_BYTES)}")
     add("--reorder", default="float32", help=f"ScaNN's vectors: {', '.join(REORDER_BYTES)}")
     add("--encoder", metavar="NAME", help="an encoder of the calibration, or a known one")
     add("--encoder-images-per-s", type=float, metavar="X", help="of an accelerator, or of a core")
-    add("--queries", type=_whole, default=50_000, help="of the evaluation (default 50,000)")
-    add("--k", type=_whole, default=100, help="neighbours per query (default 100)")
-    add("--rows-per-partition", type=_whole, default=1_000_000, help="at most (default 1e6)")
+    add("--queries", type=whole, default=50_000, help="of the evaluation (default 50,000)")
+    add("--k", type=whole, default=100, help="neighbours per query (default 100)")
+    add("--rows-per-partition", type=whole, default=1_000_000, help="at most (default 1e6)")
     add("--spill", default="none", choices=("none", "nearest", "soar"), help="second cells")
-    add("--probes", type=_whole, default=3, help="partitions a query visits (default 3)")
-    add("--leaves-to-search", type=_whole, default=0, help="of ScaNN (default: as the index)")
+    add("--probes", type=whole, default=3, help="partitions a query visits (default 3)")
+    add("--leaves-to-search", type=whole, default=0, help="of ScaNN (default: as the index)")
     add("--worker", default="n1-standard-8", help="local or a machine type (n1-standard-8)")
     add("--accelerator", help=f"each worker has: {', '.join(worker_types.ACCELERATORS)}")
-    add("--accelerators", type=_whole, default=1, help="how many of it (default 1)")
+    add("--accelerators", type=whole, default=1, help="how many of it (default 1)")
     add("--deadline-hours", type=float, default=24, help="0: none (default 24)")
     add("--calibration", metavar="FILE", help="of benchmarks.calibrate (default: built in)")
     shown = parser.add_mutually_exclusive_group()

@@ -69,7 +69,7 @@ def prune(
         work = pruned.path(f"work/prune-{weights.folder.rpartition('/')[2]}")
         output = settings.pop("output", None) or work
         before, after = (
-            _measure(settings, version, storage.join(output, name), beam_arguments)
+            _measure(settings, version, storage.join(output, name), beam_arguments, name)
             for name, version in (("before", base), ("after", pruned))
         )
         storage.remove_directory(work)
@@ -92,7 +92,11 @@ def _leave_one_out(
 
 
 def _measure(
-    settings: dict[str, Any], memory: Memory, output: str, beam_arguments: Sequence[str]
+    settings: dict[str, Any],
+    memory: Memory,
+    output: str,
+    beam_arguments: Sequence[str],
+    name: str,
 ) -> dict[str, Any]:
     """Metrics of the tuning queries alone: the test queries are not for choosing by them."""
     base = pruning.unweighted(memory.manifest)
@@ -100,7 +104,7 @@ def _measure(
     plan, work = evaluation.plan_evaluation(plugins.validate(EvaluationConfig, given, "evaluation"))
     fingerprint = f"{plan.fingerprint}-{memory.manifest.content_digest[:16]}"
     plan = replace(plan, memory=memory, fingerprint=fingerprint)
-    results = evaluate.run(plan, work, beam_arguments)
+    results = evaluate.run(plan, work, beam_arguments, f"evaluate-{name}")
     if results["tuning"] is None:
         raise VisualMemoryError(
             f"none of the {results['queries']['embedded']:,} queries is a tuning query, and the "

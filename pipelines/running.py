@@ -1,4 +1,4 @@
-"""Runs a pipeline: options, progress, errors."""
+"""Runs a pipeline: options, progress, errors, and what it did."""
 
 from __future__ import annotations
 
@@ -19,13 +19,31 @@ from apache_beam.options.pipeline_options import (
     TestOptions,
 )
 from apache_beam.runners import create_runner
+from rich.console import Console
 
-from pipelines import commands, hints
-from vm_core import progress, storage
+from pipelines import commands, hints, measuring
+from vm_core import logs, progress, run_report, storage
 from vm_core.errors import VisualMemoryError
 
 # The DirectRunner tries to download and start Prism first and falls back to this one.
 LOCAL_RUNNER = "FnApiRunner"
+
+_log = logging.getLogger(__name__)
+# Of this process, by the file that tells of them: a command may run several pipelines.
+_runs: dict[str, dict[str, run_report.RunMetrics]] = {}
+
+
+class RunOptions(PipelineOptions):
+    """The project's own options, among Beam's."""
+
+    @classmethod
+    def _add_argparse_args(cls, parser: argparse.ArgumentParser) -> None:
+        parser.add_argument(
+            "--metrics-out",
+            "--metrics_out",
+            metavar="FILE",
+            help="writes the metrics of the run: FILE.json, or FILE.prom for Prometheus",
+        )
 
 
 def pipeline_options(arguments: Sequence[str]) -> PipelineOptions:
@@ -57,6 +75,8 @@ def check_beam_arguments(arguments: Sequence[str]) -> Sequence[str]:
             reason = said.getvalue().rpartition("error: ")[2].strip()
             raise VisualMemoryError(f"{reason}. See Beam's documentation of this option") from None
     hints.check(options)
+    if (metrics_out := options.view_as(RunOptions).metrics_out) is not None:
+        run_report.check_path(metrics_out)
     runner = options.view_as(StandardOptions).runner or LOCAL_RUNNER
     try:
         create_runner(runner)
@@ -114,15 +134,21 @@ def run(
     define: Callable[[beam.Pipeline], object],
     arguments: Sequence[str],
     stages: Mapping[str, int | None],
-) -> None:
+    name: str = "run",
+) -> run_report.RunMetrics | None:
     """Runs a pipeline to its end, with progress bars where a terminal is watching.
 
-    An error that a worker raised for the user comes out as the VisualMemoryError it
-    was; Beam would wrap it in the worker's traceback. Raises commands.HandedOver where the
+    Tells on standard error what the stages did, writes it to the file of --metrics-out, and
+    returns it: None where the runner keeps no metrics. name: of the run, there. stages: the
+    bars, see progress.display. With JSON logs a line of the log stands for all of that.
+
+    An error that a worker raised for the user comes out as the VisualMemoryError it was;
+    Beam would wrap it in the worker's traceback. Raises commands.HandedOver where the
     options say that the pipeline's end is not waited for.
     """
     options = pipeline_options(arguments)
-    shown: contextlib.AbstractContextManager[None] = progress.display(stages)
+    console = Console(stderr=True, quiet=logs.chosen() == "json")
+    shown: contextlib.AbstractContextManager[None] = progress.display(stages, console)
     if _is_dataflow(options):  # says itself where the job can be watched, and how it fares
         logging.getLogger("apache_beam.runners.dataflow").setLevel(logging.INFO)
         shown = contextlib.nullcontext()
@@ -134,6 +160,14 @@ def run(
             raise _for_the_user(error) or error from None
     if remark := _handed_over(options):
         raise commands.HandedOver(remark)
+    metrics = measuring.collect(pipeline.result)
+    console.print(run_report.of_run(name, metrics))
+    _log.info("%s is done", name, extra={"metrics": run_report.as_json(metrics or {})})
+    if path := options.view_as(RunOptions).metrics_out:
+        runs = _runs.setdefault(path, {})
+        runs[name] = metrics or {}
+        run_report.write(path, runs)
+    return metrics
 
 
 def _for_the_user(error: Exception) -> VisualMemoryError | None:

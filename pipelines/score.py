@@ -15,6 +15,7 @@ import apache_beam as beam
 from rich.console import Console
 
 from pipelines import commands, hints, running
+from pipelines.measuring import measured
 from vm_core import config, leave_one_out, score_tables
 from vm_core.errors import VisualMemoryError
 from vm_core.leave_one_out import LeaveOneOutConfig, LeaveOneOutPlan
@@ -27,38 +28,43 @@ def define_pipeline(root: beam.Pipeline, plan: LeaveOneOutPlan) -> None:
         root
         | "Partitions" >> beam.Create(range(plan.partitions))
         | "SearchHome"
-        >> beam.Map(
-            lambda number: (number, leave_one_out.search_home(plan, number))
-        ).with_resource_hints(**hints.of_partitions(root))
+        >> beam.Map(measured("home", partial(_search_home, plan))).with_resource_hints(
+            **hints.of_partitions(root)
+        )
     )
     visited = (
         homes
         | "Visits" >> beam.FlatMapTuple(lambda source, others: [(o, source) for o in others])
         | "ByVisited" >> beam.GroupByKey()
         | "SearchVisitors"
-        >> beam.FlatMapTuple(partial(_search_visitors, plan)).with_resource_hints(
-            **hints.of_partitions(root)
-        )
+        >> beam.FlatMapTuple(
+            measured("visit", partial(_search_visitors, plan))
+        ).with_resource_hints(**hints.of_partitions(root))
     )
     scored = (
         (homes | "AtHome" >> beam.MapTuple(lambda number, _: (number, number)), visited)
         | "Everywhere" >> beam.Flatten()
         | "ByHome" >> beam.GroupByKey()
         | "ScorePartition"
-        >> beam.MapTuple(partial(_score_partition, plan)).with_resource_hints(
+        >> beam.MapTuple(measured("score", partial(_score_partition, plan))).with_resource_hints(
             **hints.of_partitions(root)
         )
         | "ListScored" >> beam.combiners.ToList()
     )
     _ = (
         scored
-        | "GroupDuplicates" >> beam.Map(lambda _: score_tables.group_duplicates(plan))
+        | "GroupDuplicates"
+        >> beam.Map(measured("group", lambda _: score_tables.group_duplicates(plan)))
         | "Bundles" >> beam.FlatMap(lambda _: range(plan.bundles))
         | "SpreadBundles" >> beam.Reshuffle()
-        | "WriteScores" >> beam.Map(partial(score_tables.write_scores, plan))
+        | "WriteScores" >> beam.Map(measured("items", partial(score_tables.write_scores, plan)))
         | "ListWritten" >> beam.combiners.ToList()
-        | "Finish" >> beam.Map(lambda _: score_tables.finish(plan))
+        | "Finish" >> beam.Map(measured("finish", lambda _: score_tables.finish(plan)))
     )
+
+
+def _search_home(plan: LeaveOneOutPlan, number: int) -> tuple[int, list[int]]:
+    return number, leave_one_out.search_home(plan, number)
 
 
 def _search_visitors(
@@ -94,6 +100,7 @@ def run(
             lambda root: define_pipeline(root, plan),
             beam_arguments,
             {"search": items, "visit": None, "score": items, "write": shards},
+            "score",
         )
         results = score_tables.finished_scores(plan)
     if results is None:

@@ -18,7 +18,7 @@ from typing import Any, Literal
 import pyarrow as pa
 from pydantic import Field, SerializeAsAny, field_validator
 
-from vm_core import encoders, index, indexing, memory, plugins, recall, sources, storage
+from vm_core import encoders, index, indexing, measure, memory, plugins, recall, sources, storage
 from vm_core.classes import ClassTable
 from vm_core.embedding import EmbedPlan, ImageSettings, gather
 from vm_core.encoders import Encoder
@@ -33,6 +33,8 @@ from vm_core.records import Embedded
 from vm_core.shards import write_shard
 from vm_core.sources import Source, Split
 from vm_core.tables import write_table
+
+_log = logging.getLogger(__name__)
 
 
 class BuildConfig(plugins.Settings):
@@ -215,6 +217,10 @@ def write_shard_files(plan: BuildPlan, shard: int, parts: Iterable[Embedded]) ->
     )
     storage.write_bytes(_marker(plan, shard), entry.model_dump_json(indent=1).encode())
     report("write", 1)
+    measure.count("done_rows", entry.embedded)
+    measure.count("duplicate_rows", entry.duplicates)
+    measure.count("written_bytes", entry.bytes)
+    _log.info("wrote shard %d: %d rows, %d bytes", shard, entry.embedded, entry.bytes)
     return entry
 
 
@@ -305,7 +311,6 @@ def publish(
     storage.remove_directory(plan.path(f"work/{plan.fingerprint}"))
     storage.remove_directory(plan.path(index_plan.work))
     _remove_leftovers(plan.path(plan.folder))
-    logging.info("published version %s of %s", published.version, plan.root)
     return published
 
 

@@ -12,10 +12,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from vm_core import checkpoints, plugins, storage
+from vm_core import checkpoints, measure, plugins, storage
 from vm_core.classes import ClassTable
 from vm_core.encoders import Embed, Encoder
 from vm_core.errors import VisualMemoryError
+from vm_core.failures import count_kinds
 from vm_core.images import DEFAULT_MAX_PIXELS, BadImage, PreparedImage, prepare
 from vm_core.progress import report
 from vm_core.records import (
@@ -27,6 +28,8 @@ from vm_core.records import (
     strings,
 )
 from vm_core.sources import Source, Split, in_groups
+
+_log = logging.getLogger(__name__)
 
 
 class ImageSettings(plugins.Settings):
@@ -71,15 +74,17 @@ class BatchedEncoder:
             missing = self.batch_size - len(batch)
             padded = np.pad(batch, [(0, missing), (0, 0), (0, 0), (0, 0)]) if missing else batch
             try:
-                parts.append(self._embed(padded)[: len(batch)])
+                with measure.timed("model_ms"):
+                    parts.append(self._embed(padded)[: len(batch)])
             except MemoryError as error:
                 if self.batch_size == 1:
                     raise
                 self.batch_size //= 2
-                logging.warning(
+                _log.warning(
                     "out of device memory: batch size is now %d (%s)", self.batch_size, error
                 )
             else:
+                measure.observe("batch_images", len(batch))
                 start += len(batch)
         return np.concatenate(parts)
 
@@ -98,9 +103,13 @@ def embed_split(
     number, split = numbered
     identity = hashlib.sha256(repr((number, split)).encode()).hexdigest()
     checkpoint = storage.join(plan.checkpoints, f"{identity}.arrow")
-    if storage.exists(checkpoint):
+    is_done = storage.exists(checkpoint)
+    measure.count_reuse("splits", is_done)
+    if is_done:
         embedded = checkpoints.read(checkpoint)
         report("encode", len(embedded.block) + len(embedded.rejected))
+        _log.info("found a checkpoint of %d images: %s", len(embedded.block), checkpoint)
+        _count(embedded)
         return embedded
     records = plan.sources[number].records(split, plan.classes)
     if wanted is not None:
@@ -108,7 +117,15 @@ def embed_split(
     embedded = embed_records(records, load_encoder, plan.encoder, plan.images)
     if wanted is None:  # otherwise it is not the whole split
         checkpoints.write(checkpoint, embedded)
+    _count(embedded)
     return embedded
+
+
+def _count(embedded: Embedded) -> None:
+    measure.count("done_images", len(embedded.block))
+    measure.count("quarantined_images", len(embedded.rejected))
+    for kind, images in count_kinds(embedded.rejected).items():
+        measure.count(f"quarantined_{kind}_images", images)
 
 
 def by_shard(embedded: Embedded, shards: int) -> Iterator[tuple[int, Embedded]]:
@@ -178,7 +195,9 @@ def embed_records(
 
     with ThreadPoolExecutor(threads or os.cpu_count()) as pool:
         for batch in in_groups(usable(pool), settings.batch_size):
-            embeddings = load_encoder()(np.stack([prepared.pixels for _, prepared in batch]))
+            with measure.timed("load_ms"):
+                encoder = load_encoder()
+            embeddings = encoder(np.stack([prepared.pixels for _, prepared in batch]))
             for (record, prepared), vector in zip(batch, embeddings, strict=True):
                 norm = np.linalg.norm(vector.astype(np.float64))
                 if not np.isfinite(norm) or norm == 0:
@@ -214,8 +233,11 @@ def _prepare_ahead(
         try:
             data = record.data
             if isinstance(data, str):
-                data = storage.read_bytes(data)
-            prepared = prepare(data, preprocessing, images.max_pixels, images.thumbnail_pixels)
+                with measure.timed("read_ms"):
+                    data = storage.read_bytes(data)
+            measure.count("read_bytes", len(data))
+            with measure.timed("decode_ms"):
+                prepared = prepare(data, preprocessing, images.max_pixels, images.thumbnail_pixels)
             return record._replace(data=b""), prepared
         except BadImage as error:
             reason = str(error)
@@ -225,9 +247,10 @@ def _prepare_ahead(
             reason = f"the file cannot be read: {error}"
         return Rejected(record.id, record.source, reason)
 
+    recorded = measure.carried(work)
     waiting: deque[Future] = deque()
     for record in records:
-        waiting.append(pool.submit(work, record))
+        waiting.append(pool.submit(recorded, record))
         if len(waiting) > 2 * settings.batch_size:
             yield waiting.popleft().result()
     for future in waiting:

@@ -10,6 +10,7 @@ import csv
 import hashlib
 import io
 import json
+import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
@@ -19,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import Field, SerializeAsAny, field_validator, model_validator
 
-from vm_core import plugins, sources, storage
+from vm_core import measure, plugins, sources, storage
 from vm_core.classes import ClassTable
 from vm_core.embedding import EmbedPlan, ImageSettings, gather
 from vm_core.encoders import Encoder
@@ -43,6 +44,8 @@ from vm_core.voting import VOTERS, VoteParameters
 
 _QUERY_ROWS = 1024
 _ROUTED_ROWS = 16_384
+
+_log = logging.getLogger(__name__)
 
 LEAKS_SCHEMA = pa.schema(
     [
@@ -231,6 +234,7 @@ def read_embeddings(plan: EvaluationPlan, path: str) -> Iterator[Embedded]:
             ours = [plan.memory.classes.label(keys.get(n, str(n))) for n in labels.tolist()]
             labels = np.array(ours, np.int64)
         report("encode", len(block))
+        measure.count("done_rows", len(block))
         yield Embedded(EmbeddingBlock(block.ids, labels, block.sources, block.vectors))
 
 
@@ -252,6 +256,8 @@ def gather_queries(plan: EvaluationPlan, shard: int, parts: Iterable[Embedded]) 
     block = embedded.block
     known = np.isin(block.labels, _labels(plan))
     block = replace(block, labels=np.where(known, block.labels, UNKNOWN))
+    measure.count("done_queries", len(block))
+    measure.count("duplicate_queries", duplicates)
     return Gathered(block, embedded.rejected, duplicates)
 
 
@@ -263,6 +269,7 @@ def route(plan: EvaluationPlan, shard: int, queries: EmbeddingBlock) -> Iterator
     for partition, places in plan.memory.router(plan.config.probes).visits(bare.vectors):
         for start in range(0, len(places), _ROUTED_ROWS):
             some = places[start : start + _ROUTED_ROWS]
+            measure.observe("batch_queries", len(some))
             yield Part(shard, partition, some, bare.take(some))
 
 
@@ -274,6 +281,7 @@ def search_part(
     found = search_partition(
         partitions(part.partition), part.queries, config.k, config.leave_one_out
     )
+    measure.count("done_queries", len(part.queries))
     return part.places, found
 
 
@@ -306,13 +314,16 @@ def evaluate_shard(
                 [unit_interval(id, "tuning") < plan.config.tuning_share for id in queries.ids]
             )
             votes = {voter: np.empty((len(found), found.k), np.int64) for voter in VOTERS}
-            for metrics, chosen in ((outcome.tuning, tuning), (outcome.test, ~tuning)):
-                for voter, result in metrics.add(found.take(chosen)).items():
-                    votes[voter][chosen] = result.predictions
-            neighbors_table.write_table(to_arrow(found))
-            predictions.write_table(predictions_table(found.query_ids, votes))
+            with measure.timed("vote_ms"):
+                for metrics, chosen in ((outcome.tuning, tuning), (outcome.test, ~tuning)):
+                    for voter, result in metrics.add(found.take(chosen)).items():
+                        votes[voter][chosen] = result.predictions
+            with measure.timed("write_ms"):
+                neighbors_table.write_table(to_arrow(found))
+                predictions.write_table(predictions_table(found.query_ids, votes))
             outcome.gallery.add(found.take(~tuning), queries.take(np.flatnonzero(~tuning)))
             report("search", len(queries))
+            measure.count("done_queries", len(queries))
             near = found.distances < plan.config.duplicate_distance
             outcome.leaks += int((near & (found.ids != found.query_ids[:, None])).any(axis=1).sum())
     write_table(plan.shard_file("leaks", shard), _leaks_table(plan, everything))
@@ -409,6 +420,7 @@ def write_results(plan: EvaluationPlan, outcome: Outcome) -> dict[str, Any]:
     # Last, since it says that the results are complete.
     storage.write_bytes(plan.path("metrics.json"), json.dumps(results, indent=1).encode())
     storage.remove_directory(plan.embedding.checkpoints)
+    _log.info("wrote the results of %d queries to %s", outcome.read, plan.output)
     return results
 
 

@@ -14,6 +14,30 @@ QUARANTINE_SCHEMA = pa.schema(
     [("id", pa.string()), ("source", pa.string()), ("reason", pa.string())]
 )
 
+KINDS: dict[str, str | tuple[str, ...]] = {
+    "empty": "the file is empty",
+    "unrecognised": "not a",
+    "too_large": "too large",
+    "damaged": "damaged",
+    "unreadable": "the file cannot be read",
+    "no_embedding": "the encoder returned no usable embedding",
+    "lost": "rest of the file lost",
+    "incomplete": ("the record ", "the manifest's row ", "label "),
+}
+"""Kinds of reasons, and how the reasons of each begin."""
+
+OTHER = "other"
+
+
+def count_kinds(rejected: Sequence[Rejected]) -> dict[str, int]:
+    """How many inputs were rejected for each kind of reason: all of KINDS, and OTHER."""
+    found = Counter(_kind(item.reason) for item in rejected)
+    return {kind: found[kind] for kind in (*KINDS, OTHER)}
+
+
+def _kind(reason: str) -> str:
+    return next((kind for kind, begins in KINDS.items() if reason.startswith(begins)), OTHER)
+
 
 def quarantine_table(rejected: Sequence[Rejected]) -> pa.Table:
     """One row per rejected input."""

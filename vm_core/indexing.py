@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -22,7 +23,7 @@ import numpy as np
 import pyarrow as pa
 from pydantic import BaseModel, SerializeAsAny, field_validator
 
-from vm_core import batch_files, index, partitioning, partitions, storage
+from vm_core import batch_files, index, measure, partitioning, partitions, storage
 from vm_core.batch_files import BatchFile
 from vm_core.errors import VisualMemoryError
 from vm_core.index import Index
@@ -35,6 +36,8 @@ from vm_core.shard_rows import DTYPES
 from vm_core.shards import read_shard
 
 _MARKER = "partition.json"
+
+_log = logging.getLogger(__name__)
 
 
 class ShardRows(NamedTuple):
@@ -172,7 +175,9 @@ def assign_shards(plan: IndexPlan, bundle: int) -> np.ndarray:
     if plan.centroids is None:
         return np.array([sum(plan.shards[shard].rows for shard in shards)])
     path = plan.assigned(bundle)
-    if batch_files.is_complete(path):
+    is_done = batch_files.is_complete(path)
+    measure.count_reuse("bundles", is_done)
+    if is_done:
         return np.array(BatchFile(path).facts["counts"])
     centroids = read_centroids(plan.path(plan.centroids))
     total = np.zeros(len(centroids), np.int64)
@@ -190,7 +195,8 @@ def _assign(
     """Writes a batch of a shard's rows for each cell that has some; (C,) counts."""
     members = _read_members(plan, shard)
     vectors = members.vectors.astype(np.float32, copy=False)
-    cells = partitioning.assign(vectors, centroids, plan.partitioning.spill)
+    with measure.timed("search_ms"):
+        cells = partitioning.assign(vectors, centroids, plan.partitioning.spill)
     counts = np.bincount(cells.ravel(), minlength=len(centroids))
     place = np.repeat(np.arange(len(members)), cells.shape[1])
     home = np.tile(np.arange(cells.shape[1]) == 0, len(members))
@@ -208,6 +214,7 @@ def _assign(
                     "vector": partitions.storable(part.vectors),
                 },
             )
+    measure.count("done_rows", len(members))
     return counts
 
 
@@ -230,14 +237,19 @@ def build_partition(plan: IndexPlan, task: Task) -> PartitionEntry:
     """Builds one partition from the shards' rows in its cell, or finds it built."""
     folder = f"{plan.folder}/partition-{task.number:05d}"
     marker = plan.path(f"{folder}/{_MARKER}")
-    if storage.exists(marker):
+    is_done = storage.exists(marker)
+    measure.count_reuse("partitions", is_done)
+    if is_done:
+        _log.info("found partition %d built", task.number)
         return PartitionEntry.model_validate_json(storage.read_bytes(marker))
     with storage.write_directory_atomic(plan.path(folder)) as local:
-        count, home = _write_members(plan, task, local)
+        with measure.timed("gather_ms"):
+            count, home = _write_members(plan, task, local)
         chosen = plan.index.choose(count)
         # Mapped from the file just written: what was read to write it is free again.
         vectors = partitions.map_vectors(local)
-        chosen.build(vectors, local)
+        with measure.timed("build_ms"):
+            chosen.build(vectors, local)
         sizes = {file.path[len(local) + 1 :]: file.size for file in storage.walk(local)}
         files = {name: storage.sha256_file(os.path.join(local, name)) for name in sizes}
     entry = PartitionEntry(
@@ -251,6 +263,11 @@ def build_partition(plan: IndexPlan, task: Task) -> PartitionEntry:
     )
     storage.write_bytes(marker, entry.model_dump_json(indent=1).encode())
     report("index", 1)
+    measure.count("done_rows", count)
+    measure.count("written_bytes", entry.bytes)
+    _log.info(
+        "built partition %d (%s): %d rows, %d bytes", task.number, chosen.kind, count, entry.bytes
+    )
     return entry
 
 
@@ -287,12 +304,15 @@ def search_held_out(
 
     cells: of all partitions, by number.
     """
-    partition = open_partition(plan.root, entry)
+    with measure.timed("open_ms"):
+        partition = open_partition(plan.root, entry)
     centroids = None if plan.centroids is None else read_centroids(plan.path(plan.centroids))
     router = Router(centroids, tuple(cells), 1 if centroids is None else len(centroids))
     order = router.route(queries.vectors)
     ranks = np.argmax(order == entry.cell, axis=1)
-    return exact_and_found(partition, queries.vectors, ranks)
+    measure.count("done_queries", len(queries.vectors))
+    with measure.timed("search_ms"):
+        return exact_and_found(partition, queries.vectors, ranks)
 
 
 def open_partition(root: str, entry: PartitionEntry) -> Partition:

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -33,7 +34,7 @@ import numpy as np
 import pyarrow as pa
 from pydantic import Field, model_validator
 
-from vm_core import batch_files, item_scores, plugins
+from vm_core import batch_files, item_scores, measure, plugins
 from vm_core.batch_files import BatchFile, Columns
 from vm_core.item_scores import Lists, Sums
 from vm_core.memory import Memory
@@ -46,6 +47,8 @@ FORMAT = 1
 _QUERY_ROWS = 8192
 _SPARE = 32
 _TIES = 16
+
+_log = logging.getLogger(__name__)
 
 
 class LeaveOneOutConfig(plugins.Settings):
@@ -159,6 +162,15 @@ def plan_scores(memory: Memory, config: LeaveOneOutConfig) -> LeaveOneOutPlan:
     return LeaveOneOutPlan(config, memory, probes, fingerprint)
 
 
+def _is_done(path: str) -> bool:
+    """Whether an earlier run has done a partition; counts it."""
+    done = batch_files.is_complete(path)
+    measure.count_reuse("partitions", done)
+    if done:
+        _log.info("found it done by an earlier run: %s", path)
+    return done
+
+
 # Search -----------------------------------------------------------------------------
 
 
@@ -168,9 +180,10 @@ def search_home(plan: LeaveOneOutPlan, number: int) -> list[int]:
     Returns the numbers of the other partitions that they visit. Each visitor brings
     the distance of the last neighbour it has at home: what is farther is not written down.
     """
-    if batch_files.is_complete(plan.work("visits", number)):
+    if _is_done(plan.work("visits", number)):
         return BatchFile(plan.work("visits", number)).keys
-    partition = plan.memory.open_partition(number)
+    with measure.timed("open_ms"):
+        partition = plan.memory.open_partition(number)
     router = plan.memory.router()
     members = partition.members
     home = members.home
@@ -206,6 +219,7 @@ def search_home(plan: LeaveOneOutPlan, number: int) -> list[int]:
                     }
                     visits.setdefault(other, []).append(visit)
             report("search", len(chosen))
+            measure.count("done_rows", len(chosen))
     with batch_files.writing(plan.work("visits", number)) as out:
         for other, parts in sorted(visits.items()):
             out.write(other, _concatenate(parts))
@@ -214,9 +228,10 @@ def search_home(plan: LeaveOneOutPlan, number: int) -> list[int]:
 
 def search_visitors(plan: LeaveOneOutPlan, number: int, sources: Iterable[int]) -> int:
     """Finds the neighbours that items of other partitions have in this one."""
-    if batch_files.is_complete(plan.work("found", number)):
+    if _is_done(plan.work("found", number)):
         return number
-    partition = plan.memory.open_partition(number)
+    with measure.timed("open_ms"):
+        partition = plan.memory.open_partition(number)
     with (
         batch_files.writing(plan.work("found", number)) as out,
         batch_files.writing(plan.work("names-found", number)) as names,
@@ -241,6 +256,7 @@ def search_visitors(plan: LeaveOneOutPlan, number: int, sources: Iterable[int]) 
                     },
                 )
                 report("visit", len(queries))
+                measure.count("done_rows", len(queries))
     return number
 
 
@@ -261,7 +277,8 @@ def _search(
     length = plan.config.listed
     # A partition breaks ties by id, these lists by row. Which of some equally distant items
     # come first must not depend on the partitions: so all of them are searched for.
-    places, distances = partition.search(queries, length + 1 + _TIES)
+    with measure.timed("search_ms"):
+        places, distances = partition.search(queries, length + 1 + _TIES)
     found = places >= 0
     rows = np.where(found, partition.members.rows[places], -1)
     labels = partition.members.labels[places]
@@ -306,7 +323,7 @@ def score_partition(plan: LeaveOneOutPlan, number: int, others: Iterable[int]) -
 
     others: the partitions that they visited.
     """
-    if batch_files.is_complete(plan.work("sums", number)):
+    if _is_done(plan.work("sums", number)):
         return number
     config = plan.config
     population = int(plan.first_rows[-1]) - _removed(plan)
@@ -328,6 +345,7 @@ def score_partition(plan: LeaveOneOutPlan, number: int, others: Iterable[int]) -
         lists += (found.rows >= 0).sum(axis=0)
         queries += len(query)
         report("score", len(query))
+        measure.count("done_rows", len(query))
     with batch_files.writing(plan.work("pairs", number)) as out:
         if len(found_pairs := item_scores.unique_pairs(np.concatenate(pairs))):
             out.write(0, {"pair": found_pairs})

@@ -17,6 +17,7 @@ work/FINGERPRINT/            checkpoints of an unfinished build
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterable, Sequence
 from functools import cached_property, lru_cache
 from typing import Any
@@ -259,6 +260,7 @@ def publish(root: str, manifest: Manifest) -> Manifest:
     text = manifest.model_dump_json(indent=1)
     storage.write_bytes(storage.join(root, "versions", f"{manifest.version}.json"), text.encode())
     storage.write_bytes(storage.join(root, "CURRENT"), f"{manifest.version}\n".encode())
+    logging.getLogger(__name__).info("published version %s of %s", manifest.version, root)
     return manifest
 
 

@@ -40,6 +40,11 @@ def report(stage: str, count: int) -> None:
         sender.sendto(json.dumps([stage, count]).encode(), (host, int(port)))
 
 
+def is_heard() -> bool:
+    """Whether this process works for a command that runs on this machine and shows progress."""
+    return bool(os.environ.get(_VARIABLE))
+
+
 class _Rate(ProgressColumn):
     def render(self, task: Task) -> Text:
         elapsed = task.finished_time or task.elapsed or 0.0

@@ -6,6 +6,7 @@ vm_core.leave_one_out tells of the whole.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,7 +18,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from vm_core import batch_files, item_scores, storage
+from vm_core import batch_files, item_scores, measure, storage
 from vm_core.batch_files import BatchFile, Columns
 from vm_core.errors import VisualMemoryError
 from vm_core.item_scores import FIXED_POINT
@@ -30,6 +31,8 @@ from vm_core.tables import write_table
 
 WORST = 10
 """How many of the worst items the summary names."""
+
+_log = logging.getLogger(__name__)
 
 
 def group_duplicates(plan: LeaveOneOutPlan) -> None:
@@ -72,7 +75,9 @@ def _names(plan: LeaveOneOutPlan, rows: np.ndarray) -> dict[int, str]:
 def write_scores(plan: LeaveOneOutPlan, bundle: int) -> int:
     """Writes the scores of the items of some shards, from what all partitions say of them."""
     marker = plan.work("written", bundle) + ".json"
-    if storage.exists(marker):
+    is_done = storage.exists(marker)
+    measure.count_reuse("bundles", is_done)
+    if is_done:
         return bundle
     shards = range(plan.first_shards[bundle], plan.first_shards[bundle + 1])
     start, stop = plan.first_rows[shards.start], plan.first_rows[shards.stop]
@@ -97,6 +102,7 @@ def write_scores(plan: LeaveOneOutPlan, bundle: int) -> int:
         write_table(plan.items(shard), table)
         worst = _worst(worst + table.take(_lowest(table, WORST)).to_pylist())
         report("write", 1)
+        measure.count("done_rows", len(block))
     storage.write_bytes(marker, json.dumps({"worst": worst}).encode())
     return bundle
 
@@ -165,6 +171,7 @@ def finish(plan: LeaveOneOutPlan) -> dict[str, Any]:
     _remove_leftovers(plan)
     storage.write_bytes(plan.path("scores.json"), json.dumps(results, indent=1).encode())
     storage.remove_directory(plan.work(""))
+    _log.info("wrote the scores of %d items to %s", results["items"], plan.path(""))
     return results
 
 

@@ -10,6 +10,7 @@ from functools import cached_property
 
 import numpy as np
 
+from vm_core import measure
 from vm_core.index.exact import top_k
 from vm_core.neighbors import Neighbors
 from vm_core.partitions import Partition
@@ -70,9 +71,12 @@ class PartitionCache:
 
     def __call__(self, number: int) -> Partition:
         with self._lock:
-            if number not in self._opened:
+            is_open = number in self._opened
+            measure.count_reuse("partitions", is_open)
+            if not is_open:
                 self._make_room(self._sizes[number])
-                self._opened[number] = self._open(number)
+                with measure.timed("open_ms"):
+                    self._opened[number] = self._open(number)
             self._opened.move_to_end(number)
             return self._opened[number]
 
@@ -88,7 +92,8 @@ def search_partition(
 
     ``exclude_self`` leaves out the member that has the query's own id.
     """
-    rows, distances = partition.search(queries.vectors, k + exclude_self)
+    with measure.timed("search_ms"):
+        rows, distances = partition.search(queries.vectors, k + exclude_self)
     found = rows >= 0
     ids = np.full(rows.shape, "", object)
     labels = np.full(rows.shape, PADDING, np.int64)

@@ -17,6 +17,8 @@ from vm_core.sources import Listing, Source, Split
 _BYTES_PER_SPLIT = 64 << 20
 _LARGE_FILE = 1 << 30
 
+_log = logging.getLogger(__name__)
+
 
 class Plugin(Source):
     """Reads the shards that match a glob pattern.
@@ -43,7 +45,7 @@ class Plugin(Source):
                 "such as /data/train-*-of-*"
             )
         if max(file.size for file in files) > _LARGE_FILE:
-            logging.warning(
+            _log.warning(
                 "%s has files of over 1 GiB: each is read by one worker. More and smaller "
                 "shards spread the work better",
                 self.path,
