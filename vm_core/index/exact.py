@@ -32,6 +32,7 @@ _SLACK = 12
 _QUERIES = 1024  # of a block: enough for a product at full speed
 _FEW_QUERIES = 64  # for one thread; with fewer the rows are shared out instead
 _PRODUCTS = 2**20  # of a block: 4 MB
+_EARLY = 8  # the first rows' share of all, by which thresholds are guessed, is one in so many
 _VALUES = 2**22  # of a block of rows (16 MB), and of what is kept for a block of queries
 _PAIRS = 2**17  # values compared at a time in float64: 1 MB, which stays in the cache
 _SMALL = 2**25  # multiplications that are not worth starting threads for
@@ -198,29 +199,42 @@ def _float32(block: np.ndarray) -> np.ndarray:
 
 
 def _candidates(
-    queries: np.ndarray, vectors: np.ndarray, count: int, span: slice
+    queries: np.ndarray, vectors: np.ndarray, count: int, span: slice, guess: bool = True
 ) -> tuple[np.ndarray, np.ndarray]:
     """Rows (Q, count) of the highest products, unordered, and the products float32."""
-    best = _Best(len(queries), min(count, span.stop - span.start))
+    length = span.stop - span.start
+    best = _Best(len(queries), min(count, length), length // _EARLY if guess else 0, length)
     for start, products in _products(queries, vectors, span):
         best.add(products, start)
-    return best.highest()
+    rows, products, missed = best.highest()
+    if missed.any():
+        rows[missed], products[missed] = _candidates(queries[missed], vectors, count, span, False)
+    return rows, products
 
 
 def _capacity(count: int) -> int:
-    return count + max(count, 256)
+    return 2 * count + 256
 
 
 class _Best:
     """The ``count`` highest products of each query so far, unordered, and some more.
 
-    Products come in by the block. Those over a query's threshold are appended while there
-    is room; only then the query is cut to ``count`` and its threshold raised. So each
-    product is looked at once, and few more than that.
+    Products come in by the block. Those over a query's threshold are appended. Early on
+    thresholds are guessed, from how many of all rows will exceed what the best of the rows
+    so far have: some more than ``count``. A query that has no more room, as where later
+    rows are more similar, is cut to ``count`` and its threshold raised to what is surely
+    needed. A query whose guess was too high, as where the first rows were the most similar,
+    is told at the end and must be searched again. So each product is looked at once, and
+    few more than that.
     """
 
-    def __init__(self, queries: int, count: int):
+    def __init__(self, queries: int, count: int, early: int, length: int):
+        """early: for how many of the ``length`` rows to come thresholds are guessed."""
         self._count = count
+        self._early = early
+        self._length = length
+        self._seen = 0
+        self._guess_at = 1
         self._products = np.full((queries, _capacity(count)), -np.inf, np.float32)
         self._rows = np.zeros(self._products.shape, np.int64)
         self._filled = np.zeros(queries, np.int64)
@@ -229,6 +243,30 @@ class _Best:
 
     def add(self, products: np.ndarray, start: int) -> None:
         """Takes in the products (Q, W) of the W rows from ``start`` on."""
+        self._seen += products.shape[1]
+        if self._seen == products.shape[1]:
+            self._guess(products)
+        self._append(products, start)
+        self._guess(self._products)
+
+    def _guess(self, products: np.ndarray) -> None:
+        """Raises the thresholds, every time that twice as many rows were seen.
+
+        products: (Q, any number), all that were seen or the highest of them.
+        """
+        if not self._guess_at <= self._seen <= self._early:
+            return
+        # So many of the highest are expected among the rows so far. Hardly one query in
+        # ten thousand has more than this much more.
+        expected = self._count * self._seen / self._length
+        rank = math.ceil(expected + 3.5 * math.sqrt(expected) + 3)
+        if rank < min(self._count, products.shape[1]):
+            self._guess_at = 2 * self._seen
+            highest = np.partition(products, -rank, axis=1)[:, -rank]
+            highest = np.nextafter(highest, np.float32(-np.inf))  # which itself is let in
+            np.maximum(self._thresholds, highest, out=self._thresholds)
+
+    def _append(self, products: np.ndarray, start: int) -> None:
         if self._above.size < products.size:
             self._above = np.empty(products.size, bool)
         above = self._above[: products.size].reshape(products.shape)
@@ -260,11 +298,12 @@ class _Best:
         self._products[queries, : self._count] = kept
         self._products[queries, self._count :] = -np.inf
         self._filled[queries] = self._count
-        self._thresholds[queries] = kept.min(axis=1)
+        self._thresholds[queries] = np.maximum(self._thresholds[queries], kept.min(axis=1))
 
-    def highest(self) -> tuple[np.ndarray, np.ndarray]:
-        """Rows (Q, count) and products."""
-        return _highest(self._rows, self._products, self._count)
+    def highest(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Rows (Q, count), products, and whether (Q,) others may be higher."""
+        rows, products = _highest(self._rows, self._products, self._count)
+        return rows, products, products.min(axis=1) < self._thresholds
 
 
 def _highest(rows: np.ndarray, products: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
