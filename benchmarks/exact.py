@@ -89,11 +89,10 @@ def serve(peer: str, folder: str, k: int) -> None:
         print(time.perf_counter() - start, time.process_time() - start_cpu, flush=True)
 
 
-def environment(threads: int) -> dict[str, str]:
-    """In which every OpenBLAS has so many threads and the kernels that NumPy's has chosen."""
+def kernels() -> dict[str, str]:
+    """The environment in which every OpenBLAS uses the kernels that NumPy's has chosen."""
     chosen = [one.get("architecture") for one in threadpool_info() if one["user_api"] == "blas"]
-    kernels = {KERNELS: chosen[0]} if chosen and chosen[0] else {}
-    return kernels | dict(os.environ) | dict.fromkeys(THREADS, str(threads))
+    return {KERNELS: chosen[0], **os.environ} if chosen and chosen[0] else dict(os.environ)
 
 
 class Peer:
@@ -101,8 +100,10 @@ class Peer:
 
     def __init__(self, name: str, folder: str, k: int, threads: int):
         command = [sys.executable, "-m", "benchmarks.exact", "--serve", name, folder, "--k", str(k)]
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-        self._process = subprocess.Popen(command, **pipes, text=True, env=environment(threads))
+        environment = kernels() | dict.fromkeys(THREADS, str(threads))
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        )
         self._answer()
 
     def seconds(self) -> tuple[float, float]:
