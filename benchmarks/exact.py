@@ -40,6 +40,7 @@ from vm_core.index.exact import top_k
 ROUNDS = 5
 PEERS = ("exact", "faiss", "sgemm", "float16")
 KERNELS = "OPENBLAS_CORETYPE"
+THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
 def clustered(rng: np.random.Generator, centres: np.ndarray, rows: int) -> np.ndarray:
@@ -75,7 +76,7 @@ def searcher(peer: str, vectors: np.ndarray, queries: np.ndarray, k: int) -> Cal
 
 
 def serve(peer: str, folder: str, k: int) -> None:
-    """Runs one search for each line of input and answers with its seconds."""
+    """Runs one search for each line of input and answers with its seconds, and the CPU's."""
     vectors, queries = (np.load(os.path.join(folder, name)) for name in ("x.npy", "q.npy"))
     search = searcher(peer, vectors, queries, k)
     rows = search()  # warms up: threads, pages
@@ -83,9 +84,9 @@ def serve(peer: str, folder: str, k: int) -> None:
         np.save(os.path.join(folder, f"{peer}.npy"), rows)
     print("ready", flush=True)
     for _ in sys.stdin:
-        start = time.perf_counter()
+        start, start_cpu = time.perf_counter(), time.process_time()
         search()
-        print(time.perf_counter() - start, flush=True)
+        print(time.perf_counter() - start, time.process_time() - start_cpu, flush=True)
 
 
 def kernels() -> dict[str, str]:
@@ -97,19 +98,21 @@ def kernels() -> dict[str, str]:
 class Peer:
     """A process that serves; stopped while it has nothing to do."""
 
-    def __init__(self, name: str, folder: str, k: int):
+    def __init__(self, name: str, folder: str, k: int, threads: int):
         command = [sys.executable, "-m", "benchmarks.exact", "--serve", name, folder, "--k", str(k)]
+        environment = kernels() | dict.fromkeys(THREADS, str(threads))
         self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=kernels()
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
         )
         self._answer()
 
-    def seconds(self) -> float:
+    def seconds(self) -> tuple[float, float]:
         self._process.send_signal(signal.SIGCONT)
         assert self._process.stdin is not None
         self._process.stdin.write("\n")
         self._process.stdin.flush()
-        return float(self._answer())
+        wall, cpu = map(float, self._answer().split())
+        return wall, cpu
 
     def _answer(self) -> str:
         assert self._process.stdout is not None
@@ -129,6 +132,7 @@ def main() -> None:
     for name, value in {"rows": 200_000, "queries": 2_000, "dimension": 768, "k": 100}.items():
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--serve", nargs=2, metavar=("PEER", "FOLDER"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.serve:
@@ -137,6 +141,7 @@ def main() -> None:
         return
     running: dict[str, Peer] = {}
     times: dict[str, list[float]] = {name: [] for name in PEERS}
+    cpu: dict[str, list[float]] = {name: [] for name in PEERS}
     with tempfile.TemporaryDirectory() as folder:
         rng = np.random.default_rng(0)
         centres = rng.standard_normal((1_000, args.dimension), dtype=np.float32)
@@ -144,16 +149,18 @@ def main() -> None:
             np.save(os.path.join(folder, name), clustered(rng, centres, rows))
         try:
             for name in PEERS:
-                running[name] = Peer(name, folder, args.k)
+                running[name] = Peer(name, folder, args.k, args.threads)
             for _ in range(args.rounds):
                 for name in PEERS:
-                    times[name].append(running[name].seconds())
+                    for kept, some in zip((times, cpu), running[name].seconds(), strict=True):
+                        kept[name].append(some)
         finally:
             for process in running.values():
                 process.end()
         ours, theirs = (np.load(os.path.join(folder, f"{name}.npy")) for name in PEERS[:2])
     same = np.mean([np.isin(a, b).mean() for a, b in zip(theirs, ours, strict=True)])
     seconds = {name: median(some) for name, some in times.items()}
+    cpu_seconds = {name: median(some) for name, some in cpu.items()}
     flop = 2 * args.rows * args.queries * args.dimension
     for name in PEERS:
         print(
@@ -169,8 +176,12 @@ def main() -> None:
                 "peer": "faiss IndexFlatIP",
                 "ratio_sgemm": round(seconds["sgemm"] / seconds["exact"], 3),
                 "ratio_float16": round(seconds["faiss"] / seconds["float16"], 3),
+                "ratio_cpu": round(cpu_seconds["faiss"] / cpu_seconds["exact"], 3),
+                "ratio_cpu_sgemm": round(cpu_seconds["sgemm"] / cpu_seconds["exact"], 3),
+                "ratio_cpu_float16": round(cpu_seconds["faiss"] / cpu_seconds["float16"], 3),
                 "queries_per_s": round(args.queries / seconds["exact"]),
                 "seconds": {name: round(some, 3) for name, some in seconds.items()},
+                "cpu_seconds": {name: round(some, 3) for name, some in cpu_seconds.items()},
                 "gflops": {name: round(flop / some / 1e9) for name, some in seconds.items()},
                 "same_rows": round(float(same), 6),
                 "rows": args.rows,
@@ -178,6 +189,7 @@ def main() -> None:
                 "dimension": args.dimension,
                 "k": args.k,
                 "rounds": args.rounds,
+                "threads": args.threads,
             }
         )
     )

@@ -198,6 +198,49 @@ def test_rows_of_ascending_similarity_that_all_pass_the_threshold():
     np.testing.assert_array_equal(distances[:3], expected_distances)
 
 
+ORDERS = {
+    "as they come": lambda products: np.arange(len(products)),
+    "ascending": np.argsort,
+    "descending": lambda products: np.argsort(-products),
+    "near ones in the middle": lambda products: np.roll(np.argsort(products), len(products) // 2),
+}
+
+
+@pytest.mark.parametrize("queries", [1, 40])
+@pytest.mark.parametrize("dtype", sorted(DTYPES))
+@pytest.mark.parametrize("order", ORDERS)
+def test_any_order_of_the_rows_gives_the_same_answer(order, dtype, queries, monkeypatch):
+    """Thresholds are guessed from the first rows; where these mislead it is searched again."""
+    monkeypatch.setattr(exact, "_PRODUCTS", 100 * queries)
+    centre = clustered(21, 1, 16, 1.0)
+    vectors = clustered(22, 4_000, 16, 1.0)
+    vectors[100:140] = vectors[:40]  # duplicates
+    vectors = vectors[ORDERS[order](vectors @ centre[0])].astype(DTYPES[dtype])
+    wanted = unit(centre + 0.05 * clustered(23, queries, 16, 1.0))
+    searched = []
+    candidates = exact._candidates
+
+    def counted(queries, *rest):
+        searched.append(len(queries))
+        return candidates(queries, *rest)
+
+    monkeypatch.setattr(exact, "_candidates", counted)
+    for k in (1, 60):
+        searched.clear()
+        found, distances = top_k(wanted, vectors, k)
+        expected, expected_distances = brute_force(wanted, vectors, k)
+        np.testing.assert_array_equal(found, expected)
+        np.testing.assert_array_equal(distances, expected_distances)
+        assert (len(searched) > 1) == (order == "descending")
+
+
+def test_identical_rows_alone():
+    vectors = np.repeat(clustered(24, 1, 24, 1.0), 40_000, axis=0)
+    found, distances = top_k(clustered(25, 300, 24, 1.0), vectors, 30)
+    np.testing.assert_array_equal(found, np.tile(np.arange(30), (300, 1)))
+    assert (distances == distances[:, :1]).all()
+
+
 @pytest.mark.parametrize("k", [10, 3_000])
 def test_memory_is_bounded_whatever_the_rows(k, tmp_path, monkeypatch):
     monkeypatch.setattr(exact, "_PRODUCTS", 2**15)
