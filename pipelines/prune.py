@@ -76,7 +76,9 @@ def prune(
         storage.remove_directory(work)
     version = None
     if changes and not dry_run:
-        pruned = pruning.with_manifest(pruned, pruning.publish_staged(pruned))
+        pruned = pruning.with_manifest(
+            pruned, pruning.publish_staged(pruned, memory.manifest.version)
+        )
         version = pruned.manifest.version
     return Pruned(pruned, version, scores, before, after)
 

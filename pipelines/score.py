@@ -15,7 +15,7 @@ import apache_beam as beam
 from rich.console import Console
 
 from pipelines import commands, running
-from vm_core import config, leave_one_out, score_tables
+from vm_core import config, leave_one_out, score_tables, storage
 from vm_core.errors import VisualMemoryError
 from vm_core.leave_one_out import LeaveOneOutConfig, LeaveOneOutPlan
 from vm_core.memory import Memory
@@ -79,6 +79,7 @@ def run(
     plan = leave_one_out.plan_scores(memory, configuration)
     results = score_tables.finished_scores(plan)
     if results is None:
+        storage.check_writable(plan.path(""))
         items, shards = int(plan.first_rows[-1]), len(plan.first_rows) - 1
         running.run(
             lambda root: define_pipeline(root, plan),

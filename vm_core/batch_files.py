@@ -80,7 +80,7 @@ class BatchFile:
 
 
 def is_complete(path: str) -> bool:
-    return storage.exists(f"{path}.json")
+    return storage.is_file(f"{path}.json")
 
 
 def _to_arrow(values: np.ndarray) -> pa.Array:

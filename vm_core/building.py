@@ -141,10 +141,10 @@ def finished_shards(plan: BuildPlan) -> dict[int, ShardEntry]:
     """The shards that are complete under this plan's fingerprint."""
     finished = {}
     for shard in range(plan.config.shards):
-        marker = plan.path(plan.shard_file("shard", shard, "json"))
-        if storage.exists(marker):
-            entry = ShardEntry.model_validate_json(storage.read_bytes(marker))
-            if all(storage.exists(plan.path(name)) for name in entry.files):
+        marker = storage.read_if_exists(plan.path(plan.shard_file("shard", shard, "json")))
+        if marker is not None:
+            entry = ShardEntry.model_validate_json(marker)
+            if all(storage.is_file(plan.path(name)) for name in entry.files):
                 finished[shard] = entry
     return finished
 
@@ -165,7 +165,7 @@ def is_published(plan: BuildPlan) -> bool:
         and plan.config.partitioning.coverage == manifest.config["partitioning"]["coverage"]
         and all(
             partition.folder.startswith(folder)
-            and storage.exists(plan.path(f"{partition.folder}/partition.json"))
+            and storage.is_file(plan.path(f"{partition.folder}/partition.json"))
             for partition in manifest.partitions
         )
     )

@@ -15,7 +15,7 @@ import numpy as np
 from vm_core import checkpoints, plugins, storage
 from vm_core.classes import ClassTable
 from vm_core.encoders import Embed, Encoder
-from vm_core.errors import VisualMemoryError
+from vm_core.errors import UnreachableError, VisualMemoryError
 from vm_core.images import DEFAULT_MAX_PIXELS, BadImage, PreparedImage, prepare
 from vm_core.progress import report
 from vm_core.records import (
@@ -27,6 +27,9 @@ from vm_core.records import (
     strings,
 )
 from vm_core.sources import Source, Split, in_groups
+
+# Most of them wait for a bucket's answer at any time.
+_BUCKET_THREADS = 16
 
 
 class ImageSettings(plugins.Settings):
@@ -98,14 +101,15 @@ def embed_split(
     number, split = numbered
     identity = hashlib.sha256(repr((number, split)).encode()).hexdigest()
     checkpoint = storage.join(plan.checkpoints, f"{identity}.arrow")
-    if storage.exists(checkpoint):
-        embedded = checkpoints.read(checkpoint)
+    embedded = checkpoints.read(checkpoint)
+    if embedded is not None:
         report("encode", len(embedded.block) + len(embedded.rejected))
         return embedded
     records = plan.sources[number].records(split, plan.classes)
     if wanted is not None:
         records = (record for record in records if wanted(record.id))
-    embedded = embed_records(records, load_encoder, plan.encoder, plan.images)
+    threads = None if storage.is_local(plan.sources[number].path) else _BUCKET_THREADS
+    embedded = embed_records(records, load_encoder, plan.encoder, plan.images, threads)
     if wanted is None:  # otherwise it is not the whole split
         checkpoints.write(checkpoint, embedded)
     return embedded
@@ -217,6 +221,8 @@ def _prepare_ahead(
                 data = storage.read_bytes(data)
             prepared = prepare(data, preprocessing, images.max_pixels, images.thumbnail_pixels)
             return record._replace(data=b""), prepared
+        except UnreachableError:  # no fault of the image's
+            raise
         except BadImage as error:
             reason = str(error)
         except OSError as error:

@@ -129,7 +129,7 @@ class IndexPlan:
 
 def sample_shard(plan: IndexPlan, shard: int) -> np.ndarray:
     """The rows of a shard that train the partitioner, (S, D) float32."""
-    if plan.cells == 1 or storage.exists(plan.path(str(plan.centroids))):
+    if plan.cells == 1 or storage.is_file(plan.path(str(plan.centroids))):
         return np.empty((0, 1), np.float32)
     block = read_shard(plan.path(plan.shards[shard].path))
     return partitioning.sample(
@@ -139,7 +139,7 @@ def sample_shard(plan: IndexPlan, shard: int) -> np.ndarray:
 
 def train(plan: IndexPlan, samples: Iterable[tuple[int, np.ndarray]]) -> None:
     """Trains the centroids from the numbered shards' samples and writes them."""
-    if plan.centroids is None or storage.exists(plan.path(plan.centroids)):
+    if plan.centroids is None or storage.is_file(plan.path(plan.centroids)):
         return
     ordered = [rows for _, rows in sorted(samples, key=lambda pair: pair[0]) if len(rows)]
     centroids = partitioning.train(np.concatenate(ordered), plan.cells, plan.partitioning.seed)
@@ -160,7 +160,7 @@ def assign_shard(plan: IndexPlan, shard: int) -> np.ndarray:
     if plan.centroids is None:
         return np.array([plan.shards[shard].rows])
     path = plan.assigned(shard)
-    if storage.exists(path):
+    if storage.is_file(path):
         with storage.open_read(path) as file:
             reader = pa.ipc.open_file(file)
             return np.array(json.loads(reader.schema.metadata[b"counts"]))
@@ -198,8 +198,9 @@ def build_partition(plan: IndexPlan, task: Task) -> PartitionEntry:
     """Builds one partition from the shards' rows in its cell, or finds it built."""
     folder = f"{plan.folder}/partition-{task.number:05d}"
     marker = plan.path(f"{folder}/{_MARKER}")
-    if storage.exists(marker):
-        return PartitionEntry.model_validate_json(storage.read_bytes(marker))
+    built = storage.read_if_exists(marker)
+    if built is not None:
+        return PartitionEntry.model_validate_json(built)
     with storage.write_directory_atomic(plan.path(folder)) as local:
         count, home = _write_members(plan, task, local)
         chosen = plan.index.choose(count)

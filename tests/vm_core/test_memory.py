@@ -105,14 +105,14 @@ def test_versions_count_up_and_old_ones_stay(root, manifest):
 
 def test_a_crash_before_the_pointer_is_swapped_leaves_the_old_version(root, manifest, monkeypatch):
     publish(root, changed(manifest, "a"))
-    write = storage.write_bytes
+    swap = storage.swap
 
-    def crash(path, data):
+    def crash(path, old, new):
         if path.endswith("CURRENT"):
             raise KeyboardInterrupt
-        write(path, data)
+        return swap(path, old, new)
 
-    monkeypatch.setattr(storage, "write_bytes", crash)
+    monkeypatch.setattr(storage, "swap", crash)
     with pytest.raises(KeyboardInterrupt):
         publish(root, changed(manifest, "b"))
     monkeypatch.undo()
@@ -123,8 +123,10 @@ def test_a_crash_before_the_pointer_is_swapped_leaves_the_old_version(root, mani
 
 
 def test_not_a_memory(tmp_path):
-    with pytest.raises(VisualMemoryError, match=r"is not a visual memory: it has no file CURRENT"):
+    with pytest.raises(VisualMemoryError, match=r"is not a visual memory: it does not exist"):
         Memory(str(tmp_path / "nowhere"))
+    with pytest.raises(VisualMemoryError, match=r"is not a visual memory: it has no file CURRENT"):
+        Memory(str(tmp_path))
     (tmp_path / "CURRENT").write_text("")
     with pytest.raises(VisualMemoryError):
         Memory(str(tmp_path))
