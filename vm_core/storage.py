@@ -91,12 +91,27 @@ def is_directory(path: str) -> bool:
 
 def open_read(path: str) -> IO[bytes]:
     filesystem, name = _filesystem(path)
-    return filesystem.open(name, "rb")
+    with _missing_as(path):
+        return filesystem.open(name, "rb")
 
 
 def read_bytes(path: str) -> bytes:
     filesystem, name = _filesystem(path)
-    return bytes(filesystem.cat_file(name))
+    with _missing_as(path):
+        return bytes(filesystem.cat_file(name))
+
+
+@contextlib.contextmanager
+def _missing_as(path: str) -> Iterator[None]:
+    """A missing file is reported alike from every store: the text goes into quarantine tables."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise _no_file(path) from error
+
+
+def _no_file(path: str) -> FileNotFoundError:
+    return FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
 
 
 def read_if_exists(path: str) -> bytes | None:
@@ -348,7 +363,7 @@ def local_copy(path: str) -> Iterator[str]:
         target = os.path.join(local, posixpath.basename(name))
         files = [name] if is_file(path) else filesystem.find(name)
         if not files:
-            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
+            raise _no_file(path)
         copies = [target + file.removeprefix(name) for file in files]
         for folder in {os.path.dirname(copy) for copy in copies}:
             os.makedirs(folder, exist_ok=True)

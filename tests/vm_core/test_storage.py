@@ -53,6 +53,15 @@ def test_what_is_there(root):
         assert file.read() == b""
 
 
+def test_a_missing_file_is_reported_alike(root):
+    path = storage.join(root, "none")
+    for read in (storage.read_bytes, storage.open_read):
+        with pytest.raises(FileNotFoundError) as raised:
+            read(path)
+        assert raised.value.strerror == "No such file or directory"
+        assert str(raised.value.filename) == path
+
+
 def test_swap(root):
     path = storage.join(root, "a", "pointer")
     assert not storage.swap(path, b"1", b"2") and not storage.exists(path)
