@@ -15,6 +15,7 @@ import glob
 import hashlib
 import os
 import posixpath
+import re
 import shutil
 import tempfile
 import uuid
@@ -42,6 +43,8 @@ class FileInfo(NamedTuple):
 def _filesystem(path: str) -> tuple[fsspec.AbstractFileSystem, str]:
     if "://" not in path:  # fsspec would split a local name at "::"
         return LocalFileSystem(), LocalFileSystem._strip_protocol(path)
+    if re.match(r"\w+://(/|$)", path) and not is_local(path):
+        raise VisualMemoryError(f"{path!r} names no bucket. Write gs://BUCKET/FOLDER")
     try:
         if path.startswith(_GOOGLE):
             from vm_core import google_storage  # an extra of this package
@@ -66,7 +69,14 @@ def join(root: str, *parts: str) -> str:
 
 
 def absolute(path: str) -> str:
-    """The path as every process sees it: local paths made absolute, URLs untouched."""
+    """The path as every process sees it: local paths made absolute, URLs untouched.
+
+    Raises VisualMemoryError for a URL that has lost one of its slashes.
+    """
+    if re.match(r"(gs|gcs|s3|az|abfs|https?):/[^/]", path):
+        raise VisualMemoryError(
+            f"{path!r} is no URL, and hardly a local path. Write {path.replace(':/', '://', 1)!r}"
+        )
     return os.path.abspath(os.path.expanduser(path)) if is_local(path) else path
 
 

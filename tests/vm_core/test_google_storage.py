@@ -209,3 +209,10 @@ def test_a_busy_server_is_asked_again(bucket, monkeypatch, no_waiting):
         assert storage.swap(f"{bucket}/pointer", None, b"1")
         assert storage.read_bytes(f"{bucket}/pointer") == b"1"
     assert len(lost) == 2
+
+
+def test_without_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "vm_core.google_storage", None)
+    monkeypatch.delattr("vm_core.google_storage", raising=False)
+    with pytest.raises(VisualMemoryError, match=r"cannot open 'gs://b/x': .*visual-memory\[gcs\]"):
+        storage.read_bytes("gs://b/x")

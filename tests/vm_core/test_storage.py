@@ -369,6 +369,14 @@ def test_unknown_scheme_names_the_remedy():
         storage.exists("nfs9://x/y")
 
 
+def test_a_url_that_is_not_quite_one():
+    with pytest.raises(VisualMemoryError, match=r"'gs:/b/x' is no URL.* Write 'gs://b/x'"):
+        storage.absolute("gs:/b/x")
+    for path in ("gs://", "gs:///folder"):
+        with pytest.raises(VisualMemoryError, match=f"'{path}' names no bucket"):
+            storage.read_bytes(path)
+
+
 def test_the_stand_in_for_a_bucket_is_not_local():
     assert not storage.is_local("memory://x")
     assert storage.is_local("/x")
