@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import logging
 import os
 import uuid
 from collections.abc import Iterator
@@ -42,6 +43,8 @@ def connect() -> GoogleStorage:
 
 @lru_cache(maxsize=4)
 def _connect(process: int, emulator: str | None) -> GoogleStorage:
+    # It logs with its traceback what it also raises.
+    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
     with _explained():
         return GoogleStorage(
             # Looking for credentials that an emulator does not need takes 20 seconds.

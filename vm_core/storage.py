@@ -43,7 +43,7 @@ class FileInfo(NamedTuple):
 def _filesystem(path: str) -> tuple[fsspec.AbstractFileSystem, str]:
     if "://" not in path:  # fsspec would split a local name at "::"
         return LocalFileSystem(), LocalFileSystem._strip_protocol(path)
-    if re.match(r"\w+://(/|$)", path) and not is_local(path):
+    if re.match(r"gc?s://(/|$)", path):
         raise VisualMemoryError(f"{path!r} names no bucket. Write gs://BUCKET/FOLDER")
     try:
         if path.startswith(_GOOGLE):

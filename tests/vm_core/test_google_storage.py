@@ -16,9 +16,11 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 
-from vm_core import batch_files, storage
+from vm_core import batch_files, encoders, storage
+from vm_core.embedding import BatchedEncoder, ImageSettings, embed_records
 from vm_core.errors import UnreachableError, VisualMemoryError
 from vm_core.google_storage import GoogleStorage
+from vm_core.records import ImageRecord
 
 
 @pytest.fixture
@@ -179,6 +181,16 @@ def test_a_server_that_does_not_answer(monkeypatch, no_waiting):
     monkeypatch.setenv("STORAGE_EMULATOR_HOST", host)
     with pytest.raises(UnreachableError, match=f"does not answer.*HOST is '{host}': start an"):
         storage.exists("gs://bucket/a")
+
+
+def test_an_image_is_not_to_blame_for_a_store_that_does_not_answer(monkeypatch, no_waiting):
+    with server(lambda handler: reply(handler, 200, b"")) as host:
+        pass
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", host)
+    encoder = encoders.parse({"kind": "saved_model", "path": "never loaded"})
+    image = ImageRecord("a", 0, "source", "gs://bucket/a.png")
+    with pytest.raises(UnreachableError):
+        embed_records([image], BatchedEncoder, encoder, ImageSettings())
 
 
 def test_a_busy_server_is_asked_again(bucket, monkeypatch, no_waiting):
