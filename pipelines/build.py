@@ -16,7 +16,7 @@ from rich.console import Console
 from pipelines import commands, index, running
 from pipelines.embedding import embed
 from pipelines.measuring import measured
-from vm_core import building, config, split_files, summary
+from vm_core import building, config, split_files, storage, summary
 from vm_core.building import BuildConfig, BuildPlan
 from vm_core.memory import Memory
 from vm_core.records import Embedded
@@ -65,6 +65,7 @@ def build(configuration: BuildConfig, beam_arguments: Sequence[str] = ()) -> Mem
     if building.is_published(plan):
         return Memory(plan.root)
     running.check_reachable(beam_arguments, plan.root, *(s.path for s in plan.config.sources))
+    storage.check_writable(plan.root)
     images = sum(plan.config.sources[i].expected(split) for i, split in splits)
     files = split_files.write(plan.embedding.checkpoints, splits)
     running.run(

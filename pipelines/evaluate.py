@@ -19,7 +19,7 @@ from rich.console import Console
 from pipelines import commands, hints, running
 from pipelines.embedding import embed
 from pipelines.measuring import measured
-from vm_core import config, evaluation, sources, split_files, summary
+from vm_core import config, evaluation, sources, split_files, storage, summary
 from vm_core.embedding import by_shard
 from vm_core.errors import VisualMemoryError
 from vm_core.evaluation import EvaluationConfig, EvaluationPlan, Outcome, Part
@@ -149,6 +149,7 @@ def run(
     running.check_reachable(
         beam_arguments, plan.memory.root, plan.output, *(source.path for source in queries)
     )
+    storage.check_writable(plan.output)
     known, files = 0, work
     if queries:
         known = sum(queries[i].expected(split) for i, split in work)

@@ -75,7 +75,8 @@ def prune(
         storage.remove_directory(work)
     version = None
     if changes and not dry_run:
-        pruned = pruned.with_manifest(pruning.publish_staged(pruned))
+        published = pruning.publish_staged(pruned, memory.manifest.version)
+        pruned = pruned.with_manifest(published)
         version = pruned.manifest.version
     return Pruned(pruned, version, scores, before, after)
 

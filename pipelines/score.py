@@ -16,7 +16,7 @@ from rich.console import Console
 
 from pipelines import commands, hints, running
 from pipelines.measuring import measured
-from vm_core import config, leave_one_out, score_tables
+from vm_core import config, leave_one_out, score_tables, storage
 from vm_core.errors import VisualMemoryError
 from vm_core.leave_one_out import LeaveOneOutConfig, LeaveOneOutPlan
 from vm_core.memory import Memory
@@ -95,6 +95,7 @@ def run(
     results = score_tables.finished_scores(plan)
     if results is None:
         running.check_reachable(beam_arguments, memory.root)
+        storage.check_writable(plan.path(""))
         items, shards = int(plan.first_rows[-1]), len(plan.first_rows) - 1
         running.run(
             lambda root: define_pipeline(root, plan),

@@ -7,11 +7,14 @@ import shutil
 import subprocess
 import sys
 import textwrap
+import uuid
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 import demo.fetch
+from demo.emulator import create_bucket, emulator
 
 # Before TensorFlow is first imported: no device logs among the test results.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -56,6 +59,29 @@ def small_encoder(tmp_path_factory) -> str:
     folder = tmp_path_factory.mktemp("encoder") / "small"
     subprocess.run([sys.executable, "-c", _SMALL_ENCODER, str(folder)], check=True, timeout=120)
     return str(folder)
+
+
+@pytest.fixture(scope="session")
+def make_bucket() -> Iterator[Callable[[], str]]:
+    """Makes an empty bucket, gs://NAME, in an emulator of Google Cloud Storage.
+
+    This process and all that it starts use the emulator until the tests end.
+    """
+    with emulator() as host, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("STORAGE_EMULATOR_HOST", host)
+
+        def make() -> str:
+            name = f"test-{uuid.uuid4().hex[:12]}"
+            create_bucket(host, name)
+            return f"gs://{name}"
+
+        yield make
+
+
+@pytest.fixture
+def bucket(make_bucket) -> str:
+    """A new and empty bucket, gs://NAME."""
+    return make_bucket()
 
 
 _SMALL_ENCODER = textwrap.dedent(

@@ -98,7 +98,7 @@ def first_of_bundles(shards: int) -> np.ndarray:
 
 
 def is_complete(path: str) -> bool:
-    return storage.exists(f"{path}.json")
+    return storage.is_file(f"{path}.json")
 
 
 def _columns(batch: pa.RecordBatch) -> Columns:

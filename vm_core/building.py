@@ -143,9 +143,10 @@ def finished_shards(plan: BuildPlan) -> dict[int, ShardEntry]:
     """The shards that are complete under this plan's fingerprint."""
     finished = {}
     for shard in range(plan.config.shards):
-        if storage.exists(_marker(plan, shard)):
-            entry = read_entry(plan, shard)
-            if all(storage.exists(plan.path(name)) for name in entry.files):
+        marker = storage.read_if_exists(_marker(plan, shard))
+        if marker is not None:
+            entry = ShardEntry.model_validate_json(marker)
+            if all(storage.is_file(plan.path(name)) for name in entry.files):
                 finished[shard] = entry
     return finished
 
@@ -175,7 +176,7 @@ def is_published(plan: BuildPlan) -> bool:
         and plan.config.partitioning.coverage == manifest.config["partitioning"]["coverage"]
         and all(
             partition.folder.startswith(folder)
-            and storage.exists(plan.path(f"{partition.folder}/partition.json"))
+            and storage.is_file(plan.path(f"{partition.folder}/partition.json"))
             for partition in manifest.partitions
         )
     )

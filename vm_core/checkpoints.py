@@ -31,8 +31,12 @@ def write(path: str, embedded: Embedded) -> None:
     storage.write_bytes(path, sink.getvalue())
 
 
-def read(path: str) -> Embedded:
-    table = pa.ipc.open_file(storage.read_bytes(path)).read_all().combine_chunks()
+def read(path: str) -> Embedded | None:
+    """What was written, None if nothing was."""
+    data = storage.read_if_exists(path)
+    if data is None:
+        return None
+    table = pa.ipc.open_file(data).read_all().combine_chunks()
     vectors = table["vector"].combine_chunks()
     thumbnails = None
     if "thumbnail" in table.column_names:

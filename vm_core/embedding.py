@@ -15,7 +15,7 @@ import numpy as np
 from vm_core import checkpoints, measure, plugins, storage
 from vm_core.classes import ClassTable
 from vm_core.encoders import Embed, Encoder
-from vm_core.errors import VisualMemoryError
+from vm_core.errors import UnreachableError, VisualMemoryError
 from vm_core.failures import count_kinds
 from vm_core.images import DEFAULT_MAX_PIXELS, BadImage, PreparedImage, prepare
 from vm_core.progress import report
@@ -30,6 +30,9 @@ from vm_core.records import (
 from vm_core.sources import Source, Split, in_groups
 
 _log = logging.getLogger(__name__)
+
+# Most of them wait for a bucket's answer at any time.
+_BUCKET_THREADS = 16
 
 
 class ImageSettings(plugins.Settings):
@@ -103,10 +106,9 @@ def embed_split(
     number, split = numbered
     identity = hashlib.sha256(repr((number, split)).encode()).hexdigest()
     checkpoint = storage.join(plan.checkpoints, f"{identity}.arrow")
-    is_done = storage.exists(checkpoint)
-    measure.count_reuse("splits", is_done)
-    if is_done:
-        embedded = checkpoints.read(checkpoint)
+    embedded = checkpoints.read(checkpoint)
+    measure.count_reuse("splits", embedded is not None)
+    if embedded is not None:
         report("encode", len(embedded.block) + len(embedded.rejected))
         _log.info("found a checkpoint of %d images: %s", len(embedded.block), checkpoint)
         _count(embedded)
@@ -114,7 +116,8 @@ def embed_split(
     records = plan.sources[number].records(split, plan.classes)
     if wanted is not None:
         records = (record for record in records if wanted(record.id))
-    embedded = embed_records(records, load_encoder, plan.encoder, plan.images)
+    threads = None if storage.is_local(plan.sources[number].path) else _BUCKET_THREADS
+    embedded = embed_records(records, load_encoder, plan.encoder, plan.images, threads)
     if wanted is None:  # otherwise it is not the whole split
         checkpoints.write(checkpoint, embedded)
     _count(embedded)
@@ -239,6 +242,8 @@ def _prepare_ahead(
             with measure.timed("decode_ms"):
                 prepared = prepare(data, preprocessing, images.max_pixels, images.thumbnail_pixels)
             return record._replace(data=b""), prepared
+        except UnreachableError:  # no fault of the image's
+            raise
         except BadImage as error:
             reason = str(error)
         except OSError as error:

@@ -225,7 +225,7 @@ def read_embeddings(plan: EvaluationPlan, path: str) -> Iterator[Embedded]:
     labels are taken to be the memory's.
     """
     classes = storage.join(path.rpartition("/")[0], "classes.parquet")
-    theirs = ClassTable.read(classes) if storage.exists(classes) else None
+    theirs = ClassTable.read(classes) if storage.is_file(classes) else None
     for block in read_blocks(path, expected_fingerprint=plan.memory.manifest.encoder_fingerprint):
         labels = block.labels
         if theirs is not None:
@@ -426,10 +426,10 @@ def write_results(plan: EvaluationPlan, outcome: Outcome) -> dict[str, Any]:
 
 def finished_results(plan: EvaluationPlan) -> dict[str, Any] | None:
     """The results of an earlier run of the same evaluation, None if there are none."""
-    path = plan.path("metrics.json")
-    if not storage.exists(path):
+    data = storage.read_if_exists(plan.path("metrics.json"))
+    if data is None:
         return None
-    results = json.loads(storage.read_bytes(path))
+    results = json.loads(data)
     return results if results.get("fingerprint") == plan.fingerprint else None
 
 

@@ -143,7 +143,7 @@ class IndexPlan:
 
 def sample_shard(plan: IndexPlan, shard: int) -> np.ndarray:
     """The rows of a shard that train the partitioner, (S, D) float32."""
-    if plan.cells == 1 or storage.exists(plan.path(str(plan.centroids))):
+    if plan.cells == 1 or storage.is_file(plan.path(str(plan.centroids))):
         return np.empty((0, 1), np.float32)
     block = read_shard(plan.path(plan.shards[shard].path))
     return partitioning.sample(
@@ -153,7 +153,7 @@ def sample_shard(plan: IndexPlan, shard: int) -> np.ndarray:
 
 def train(plan: IndexPlan, samples: Iterable[tuple[int, np.ndarray]]) -> None:
     """Trains the centroids from the numbered shards' samples and writes them."""
-    if plan.centroids is None or storage.exists(plan.path(plan.centroids)):
+    if plan.centroids is None or storage.is_file(plan.path(plan.centroids)):
         return
     ordered = [rows for _, rows in sorted(samples, key=lambda pair: pair[0]) if len(rows)]
     centroids = partitioning.train(np.concatenate(ordered), plan.cells, plan.partitioning.seed)
@@ -237,11 +237,11 @@ def build_partition(plan: IndexPlan, task: Task) -> PartitionEntry:
     """Builds one partition from the shards' rows in its cell, or finds it built."""
     folder = f"{plan.folder}/partition-{task.number:05d}"
     marker = plan.path(f"{folder}/{_MARKER}")
-    is_done = storage.exists(marker)
-    measure.count_reuse("partitions", is_done)
-    if is_done:
+    built = storage.read_if_exists(marker)
+    measure.count_reuse("partitions", built is not None)
+    if built is not None:
         _log.info("found partition %d built", task.number)
-        return PartitionEntry.model_validate_json(storage.read_bytes(marker))
+        return PartitionEntry.model_validate_json(built)
     with storage.write_directory_atomic(plan.path(folder)) as local:
         with measure.timed("gather_ms"):
             count, home = _write_members(plan, task, local)

@@ -39,6 +39,10 @@ from vm_core.weights import WeightsEntry
 
 FORMAT = 2
 
+_POINTER = "CURRENT"
+
+_log = logging.getLogger(__name__)
+
 
 class ShardEntry(BaseModel):
     """One shard: its files, relative to the memory, with the SHA-256 of each, and counts."""
@@ -108,15 +112,17 @@ class Memory:
         self.root = storage.absolute(root)
         name = version or current_version(self.root)
         if name is None:
+            cause = "has no file CURRENT" if storage.exists(self.root) else "does not exist"
             raise VisualMemoryError(
-                f"{root!r} is not a visual memory: it has no file CURRENT. Build one with "
+                f"{root!r} is not a visual memory: it {cause}. Build one with "
                 f"visual-memory build --config CONFIG --set memory={root}"
             )
         path = storage.join(self.root, "versions", f"{name}.json")
-        if not storage.exists(path):
+        data = storage.read_if_exists(path)
+        if data is None:
             raise VisualMemoryError(f"{root!r} has no version {name!r}: {path} does not exist")
         self._file = path
-        self.manifest = _read_manifest(path)
+        self.manifest = _parse_manifest(path, data)
 
     def with_manifest(self, manifest: Manifest) -> Memory:
         """The memory as another manifest of the same build describes it."""
@@ -209,9 +215,9 @@ class Memory:
         return found
 
 
-def _read_manifest(path: str) -> Manifest:
+def _parse_manifest(path: str, data: bytes) -> Manifest:
     try:
-        settings = dict(json.loads(storage.read_bytes(path)))
+        settings = dict(json.loads(data))
         if settings.get("format") != FORMAT:
             raise VisualMemoryError(
                 f"{path} has format {settings.get('format')!r}, this program reads {FORMAT}. "
@@ -228,7 +234,7 @@ def _read_manifest(path: str) -> Manifest:
 @lru_cache(maxsize=1)
 def _manifest_of_worker(path: str, stamp: str) -> Manifest:
     """One manifest for all steps and threads of a process. stamp: of the file's content."""
-    return _read_manifest(path)
+    return _parse_manifest(path, storage.read_bytes(path))
 
 
 def read_thumbnails(path: str, ids: Sequence[str]) -> dict[str, bytes]:
@@ -240,34 +246,69 @@ def read_thumbnails(path: str, ids: Sequence[str]) -> dict[str, bytes]:
 
 def current_version(root: str) -> str | None:
     """The name of the current version, or None where no memory was published."""
-    pointer = storage.join(root, "CURRENT")
-    return storage.read_bytes(pointer).decode().strip() if storage.exists(pointer) else None
+    pointer = storage.read_if_exists(storage.join(root, _POINTER))
+    return None if pointer is None else _name(pointer)
 
 
-def publish(root: str, manifest: Manifest) -> Manifest:
+def publish(root: str, manifest: Manifest, base: str | None = None) -> Manifest:
     """Writes the manifest as the next version and swaps the pointer to it.
 
     Where the current version has the same content, nothing is written and that version
-    is returned: a repeated attempt publishes once.
+    is returned: a repeated attempt publishes once. Every publisher's version has a number
+    of its own, and the pointer only goes up: of two at the same time both are kept, and the
+    higher one is current in the end.
+
+    base: the version that this one was made from. Raises VisualMemoryError if that is not
+    the current one any more, since what came between would be taken back.
     """
-    current = current_version(root)
-    if current is not None:
-        published = Memory(root).manifest
-        if (published.content_digest, published.build) == (manifest.content_digest, manifest.build):
-            return published
-    number = 1 + max([0, *_version_numbers(root)])
-    manifest = manifest.model_copy(update={"version": f"{number:06d}"})
-    text = manifest.model_dump_json(indent=1)
-    storage.write_bytes(storage.join(root, "versions", f"{manifest.version}.json"), text.encode())
-    storage.write_bytes(storage.join(root, "CURRENT"), f"{manifest.version}\n".encode())
-    logging.getLogger(__name__).info("published version %s of %s", manifest.version, root)
-    return manifest
+    claimed: Manifest | None = None
+    while True:
+        pointer = storage.read_if_exists(storage.join(root, _POINTER))
+        current = None if pointer is None else _name(pointer)
+        if current is not None:
+            published = Memory(root, current).manifest
+            digests = [(each.content_digest, each.build) for each in (published, manifest)]
+            if digests[0] == digests[1]:
+                return published
+        if base is not None and current != base:
+            raise VisualMemoryError(
+                f"{root!r} is at version {current}, and what was to be published was made from "
+                f"version {base}: somebody else has published since. Run the command again"
+            )
+        if claimed is None:
+            claimed = _claim(root, manifest)
+        elif current is not None and int(current) > int(claimed.version):
+            _log.warning(
+                "version %s of %s was published at the same time as %s and is the current one",
+                *(current, root, claimed.version),
+            )
+            return claimed
+        if storage.swap(storage.join(root, _POINTER), pointer, f"{claimed.version}\n".encode()):
+            _log.info("published version %s of %s", claimed.version, root)
+            return claimed
+
+
+def _claim(root: str, manifest: Manifest) -> Manifest:
+    """Writes the manifest under the next free number; nobody else has, or overwrites, that."""
+    number = max([0, *_version_numbers(root)])
+    while True:
+        number += 1
+        named = manifest.model_copy(update={"version": f"{number:06d}"})
+        path = storage.join(root, "versions", f"{named.version}.json")
+        if storage.swap(path, None, named.model_dump_json(indent=1).encode()):
+            return named
+
+
+def _name(pointer: bytes) -> str:
+    return pointer.decode().strip()
 
 
 def _version_numbers(root: str) -> list[int]:
-    folder = storage.join(root, "versions")
     # Not a glob pattern: the memory's own path may have brackets in it.
-    files = storage.walk(folder) if storage.is_directory(folder) else []
+    try:
+        files = storage.walk(storage.join(root, "versions"))
+    except FileNotFoundError:
+        files = []
     names = [file.path.rpartition("/")[2] for file in files]
     return [int(name.removesuffix(".json")) for name in names if name.endswith(".json")]
 

@@ -409,7 +409,7 @@ def stage(memory: Memory, weights: pa.Table, settings: Mapping[str, Any]) -> Mem
 
 def publish(memory: Memory, weights: pa.Table, settings: Mapping[str, Any]) -> Manifest:
     """Publishes the memory with other weights as its next version; see ``stage``."""
-    return publish_staged(stage(memory, weights, settings))
+    return publish_staged(stage(memory, weights, settings), memory.manifest.version)
 
 
 def undo(memory: Memory) -> Manifest:
@@ -419,10 +419,12 @@ def undo(memory: Memory) -> Manifest:
             f"version {memory.manifest.version} of {memory.root!r} has no weights: there is "
             "nothing to undo"
         )
-    return publish_staged(memory.with_manifest(unweighted(memory.manifest)))
+    bare = memory.with_manifest(unweighted(memory.manifest))
+    return publish_staged(bare, memory.manifest.version)
 
 
-def publish_staged(memory: Memory) -> Manifest:
+def publish_staged(memory: Memory, base: str) -> Manifest:
+    """Publishes what is staged, unless the memory has gone on from the version ``base``."""
     created = datetime.now(UTC).isoformat(timespec="seconds")
     manifest = memory.manifest.model_copy(update={"created": created})
-    return versions.publish(memory.root, manifest)
+    return versions.publish(memory.root, manifest, base)

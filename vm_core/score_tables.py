@@ -75,7 +75,7 @@ def _names(plan: LeaveOneOutPlan, rows: np.ndarray) -> dict[int, str]:
 def write_scores(plan: LeaveOneOutPlan, bundle: int) -> int:
     """Writes the scores of the items of some shards, from what all partitions say of them."""
     marker = plan.work("written", bundle) + ".json"
-    is_done = storage.exists(marker)
+    is_done = storage.is_file(marker)
     measure.count_reuse("bundles", is_done)
     if is_done:
         return bundle
@@ -177,10 +177,11 @@ def finish(plan: LeaveOneOutPlan) -> dict[str, Any]:
 
 def finished_scores(plan: LeaveOneOutPlan) -> dict[str, Any] | None:
     """What ``finish`` returned, where these very scores are made already."""
-    if not storage.exists(plan.path("scores.json")):
+    results = storage.read_if_exists(plan.path("scores.json"))
+    if results is None:
         return None
     storage.remove_directory(plan.work(""))  # a run may have been stopped right before
-    return dict(json.loads(storage.read_bytes(plan.path("scores.json"))))
+    return dict(json.loads(results))
 
 
 def read_scores(memory: Memory, fingerprint: str) -> Iterator[pa.Table]:
@@ -191,7 +192,7 @@ def read_scores(memory: Memory, fingerprint: str) -> Iterator[pa.Table]:
     first item's id, null where there is none). fingerprint: or the folder of the scores.
     """
     folder = fingerprint if "/" in fingerprint else f"scores/{fingerprint}"
-    if not storage.exists(memory.path(f"{folder}/scores.json")):
+    if not storage.is_file(memory.path(f"{folder}/scores.json")):
         raise VisualMemoryError(
             f"{memory.path(folder)} has no complete scores: there is no scores.json in it. Make "
             f"them with visual-memory score --memory {memory.root}"

@@ -2,27 +2,34 @@
 
 Paths are plain strings, local (``/data/memory``) or with a scheme
 (``gs://bucket/memory``); the functions below do not care which. Files are written
-once and appear whole: a reader sees the complete file or none.
+once and appear whole: a reader sees the complete file or none. What another process has
+written is seen at once. Raises UnreachableError where a store does not answer.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import glob
 import hashlib
 import os
 import posixpath
+import re
 import shutil
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import IO, NamedTuple
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from vm_core.errors import VisualMemoryError
+
+_GOOGLE = ("gs://", "gcs://")
+_REQUESTS = 16  # at a time
 
 
 class FileInfo(NamedTuple):
@@ -36,7 +43,13 @@ class FileInfo(NamedTuple):
 def _filesystem(path: str) -> tuple[fsspec.AbstractFileSystem, str]:
     if "://" not in path:  # fsspec would split a local name at "::"
         return LocalFileSystem(), LocalFileSystem._strip_protocol(path)
+    if re.match(r"gc?s://(/|$)", path):
+        raise VisualMemoryError(f"{path!r} names no bucket. Write gs://BUCKET/FOLDER")
     try:
+        if path.startswith(_GOOGLE):
+            from vm_core import google_storage  # an extra of this package
+
+            return google_storage.connect(), path.partition("://")[2]
         return fsspec.core.url_to_fs(path)
     except (ImportError, ValueError) as error:
         raise VisualMemoryError(
@@ -56,13 +69,29 @@ def join(root: str, *parts: str) -> str:
 
 
 def absolute(path: str) -> str:
-    """The path as every process sees it: local paths made absolute, URLs untouched."""
+    """The path as every process sees it: local paths made absolute, URLs untouched.
+
+    Raises VisualMemoryError for a URL that has lost one of its slashes.
+    """
+    if re.match(r"(gs|gcs|s3|az|abfs|https?):/[^/]", path):
+        raise VisualMemoryError(
+            f"{path!r} is no URL, and hardly a local path. Write {path.replace(':/', '://', 1)!r}"
+        )
     return os.path.abspath(os.path.expanduser(path)) if is_local(path) else path
 
 
 def exists(path: str) -> bool:
+    """Whether there is a file or a folder of this name."""
     filesystem, name = _filesystem(path)
     return bool(filesystem.exists(name))
+
+
+def is_file(path: str) -> bool:
+    """Whether there is a file of this name; the quickest question to a bucket."""
+    filesystem, name = _filesystem(path)
+    if path.startswith(_GOOGLE):
+        return bool(filesystem.is_file(name))
+    return bool(filesystem.isfile(name))
 
 
 def is_directory(path: str) -> bool:
@@ -72,12 +101,35 @@ def is_directory(path: str) -> bool:
 
 def open_read(path: str) -> IO[bytes]:
     filesystem, name = _filesystem(path)
-    return filesystem.open(name, "rb")
+    with _missing_as(path):
+        return filesystem.open(name, "rb")
 
 
 def read_bytes(path: str) -> bytes:
-    with open_read(path) as file:
-        return file.read()
+    filesystem, name = _filesystem(path)
+    with _missing_as(path):
+        return bytes(filesystem.cat_file(name))
+
+
+@contextlib.contextmanager
+def _missing_as(path: str) -> Iterator[None]:
+    """A missing file is reported alike from every store: the text goes into quarantine tables."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise _no_file(path) from error
+
+
+def _no_file(path: str) -> FileNotFoundError:
+    return FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
+
+
+def read_if_exists(path: str) -> bytes | None:
+    """The content of a file, None if there is no such file."""
+    try:
+        return read_bytes(path)
+    except FileNotFoundError:
+        return None
 
 
 def list_files(pattern: str) -> list[FileInfo]:
@@ -168,23 +220,103 @@ def write_atomic(path: str) -> Iterator[IO[bytes]]:
                 yield file
             filesystem.put_file(complete, name)
         return
-    os.makedirs(os.path.dirname(name), exist_ok=True)
-    temporary = _temporary_name(name)
-    try:
+    with _temporary_file(name) as temporary:
         with open(temporary, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, name)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.remove(temporary)
-        raise
 
 
 def write_bytes(path: str, data: bytes) -> None:
+    filesystem, name = _filesystem(path)
+    if not isinstance(filesystem, LocalFileSystem):
+        filesystem.pipe_file(name, data)
+        return
     with write_atomic(path) as file:
         file.write(data)
+
+
+def swap(path: str, old: bytes | None, new: bytes) -> bool:
+    """Replaces a file's content if it still is ``old``; None: if there is no such file.
+
+    False if it is something else by now: another process was faster, and nothing is
+    changed. Of several that swap the same ``old`` for different content one succeeds. On
+    Google Cloud Storage the store sees to that by the object's generation; on a disk it is
+    a lock on the folder while content is replaced, and an exclusive name where there was no
+    file. Other stores are only asked what is there before it is written.
+    """
+    filesystem, name = _filesystem(path)
+    if path.startswith(_GOOGLE):
+        return bool(filesystem.swap(name, old, new))
+    if isinstance(filesystem, LocalFileSystem):
+        return _swap_local(name, old, new)
+    found = read_if_exists(path)
+    if found == old:
+        write_bytes(path, new)
+    return found in (old, new)
+
+
+def _swap_local(name: str, old: bytes | None, new: bytes) -> bool:
+    with _temporary_file(name) as temporary, _locked(os.path.dirname(name)):
+        found = read_if_exists(name)
+        if found != old:
+            return found == new
+        with open(temporary, "wb") as file:
+            file.write(new)
+            file.flush()
+            os.fsync(file.fileno())
+        if old is None:
+            try:
+                os.link(temporary, name)  # fails if there is one, locked or not
+            except FileExistsError:
+                return read_if_exists(name) == new
+            except OSError:  # a file system without links
+                os.replace(temporary, name)
+        else:
+            os.replace(temporary, name)
+    return True
+
+
+@contextlib.contextmanager
+def _locked(folder: str) -> Iterator[None]:
+    """One thread at a time, of all processes; the lock goes with whoever holds it."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # some network file systems lock no folders
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _temporary_file(name: str) -> Iterator[str]:
+    """The name of a file to be written beside another; removed if it is left behind."""
+    os.makedirs(os.path.dirname(name), exist_ok=True)
+    temporary = _temporary_name(name)
+    try:
+        yield temporary
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(temporary)
+
+
+def check_writable(folder: str) -> None:
+    """Writes and removes a file in a folder, before hours of work that would end in it.
+
+    Raises VisualMemoryError if that fails.
+    """
+    path = join(folder, f".writable-{uuid.uuid4().hex[:12]}")
+    try:
+        write_bytes(path, b"")
+        filesystem, name = _filesystem(path)
+        filesystem.rm_file(name)
+    except OSError as error:
+        raise VisualMemoryError(
+            f"cannot write to {folder!r}: {error.strerror or error}. Give another place, or get "
+            "the right to write, and remove, files there"
+        ) from error
 
 
 @contextlib.contextmanager
@@ -199,10 +331,10 @@ def write_directory_atomic(path: str) -> Iterator[str]:
         with tempfile.TemporaryDirectory() as local:
             yield local
             earlier = filesystem.find(name)
-            filesystem.put(local + "/", name + "/", recursive=True)
-            written = {name + file.path.removeprefix(local) for file in _walk_local(local)}
-            if stale := [file for file in earlier if file not in written]:
-                filesystem.rm(stale)
+            files = [file.path for file in _walk_local(local)]
+            written = [name + file.removeprefix(local) for file in files]
+            _each(filesystem.put_file, files, written)
+            _each(filesystem.rm_file, [file for file in earlier if file not in set(written)])
         return
     os.makedirs(os.path.dirname(name), exist_ok=True)
     temporary = _temporary_name(name)
@@ -239,15 +371,30 @@ def local_copy(path: str) -> Iterator[str]:
         return
     with tempfile.TemporaryDirectory() as local:
         target = os.path.join(local, posixpath.basename(name))
-        filesystem.get(name, target, recursive=filesystem.isdir(name))
+        files = [name] if is_file(path) else filesystem.find(name)
+        if not files:
+            raise _no_file(path)
+        copies = [target + file.removeprefix(name) for file in files]
+        for folder in {os.path.dirname(copy) for copy in copies}:
+            os.makedirs(folder, exist_ok=True)
+        _each(filesystem.get_file, files, copies)
         yield target
 
 
 def remove_directory(path: str) -> None:
     """Removes a folder and all in it; a folder that is not there is no error."""
     filesystem, name = _filesystem(path)
-    if filesystem.exists(name):
-        filesystem.rm(name, recursive=True)
+    if isinstance(filesystem, LocalFileSystem):
+        with contextlib.suppress(FileNotFoundError):
+            filesystem.rm(name, recursive=True)
+    else:  # fsspec's would take brackets in the name for a pattern
+        _each(filesystem.rm_file, filesystem.find(name))
+
+
+def _each(call: Callable[..., None], *arguments: Sequence[str]) -> None:
+    """Calls a function for each file, several at a time: a bucket takes long to answer."""
+    with ThreadPoolExecutor(_REQUESTS) as pool:
+        list(pool.map(call, *arguments))
 
 
 def sha256_file(path: str) -> str:

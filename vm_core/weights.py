@@ -56,7 +56,7 @@ def read(root: str, entry: WeightsEntry, partition: int) -> pa.Table:
     """Reads the table of one partition. Raises VisualMemoryError if it is damaged."""
     name = entry.file(partition)
     path = storage.join(root, name)
-    data = storage.read_bytes(path) if storage.exists(path) else b""
+    data = storage.read_if_exists(path) or b""
     if hashlib.sha256(data).hexdigest() != entry.files.get(name):
         raise VisualMemoryError(
             f"the weights in {path} are missing or damaged: they are not what the manifest says. "

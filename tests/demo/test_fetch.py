@@ -19,6 +19,7 @@ import demo.fetch
 from demo import encoder, images
 from demo.fetch import STAMP, STEPS, DemoAssets, Step, fetch, main, run_step
 from demo.wheels import Wheel, downloaded
+from vm_core import storage
 from vm_core.errors import VisualMemoryError
 
 # Embeddings of `structured_images` by an independent conversion of the same checkpoint: the
@@ -140,6 +141,13 @@ def test_step_is_done_once(step, tmp_path):
     assert run_step(step, str(tmp_path)).seconds is not None
     assert {path.name for path in (tmp_path / "a/b").iterdir()} == {"version-1", STAMP}
     assert run_step(step, str(tmp_path)).seconds is None
+
+
+def test_step_in_a_bucket(step, bucket):
+    assert run_step(step, f"{bucket}/cache").seconds is not None
+    names = [file.path for file in storage.walk(bucket)]
+    assert names == [f"{bucket}/cache/a/b/{name}" for name in (STAMP, "version-1")]
+    assert run_step(step, f"{bucket}/cache").seconds is None
 
 
 @pytest.mark.parametrize(

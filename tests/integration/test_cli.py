@@ -68,7 +68,7 @@ def test_unknown_command(run):
         (["evaluate", "--memory", "none", "--queries", "q"], "'none' is not a visual memory"),
         (["evaluate", "--memory", "none"], "give one of queries, embeddings and leave_one_out"),
         (["evaluate", "--memory", "none", "--leave-one-out", "--k", "0"], "k = 0"),
-        (["inspect", "none"], "'none' is not a visual memory: it has no file CURRENT"),
+        (["inspect", "none"], "'none' is not a visual memory: it does not exist"),
         (["classify", "--memory", "none", "a.jpg"], "'none' is not a visual memory"),
         (["analyze", "none.json", "--out", "out"], "neighbour table 'none.json' does not exist"),
     ],

@@ -2,6 +2,11 @@
 
 import json
 import pickle
+import re
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -66,9 +71,11 @@ def manifest(tmp_path):
     )
 
 
-@pytest.fixture
-def root(tmp_path):
-    return str(tmp_path / "memory")
+@pytest.fixture(params=["local", "bucket"])
+def root(request, tmp_path):
+    if request.param == "local":
+        return str(tmp_path / "memory")
+    return request.getfixturevalue("bucket") + "/memory"
 
 
 def changed(manifest, digest):
@@ -106,14 +113,14 @@ def test_versions_count_up_and_old_ones_stay(root, manifest):
 
 def test_a_crash_before_the_pointer_is_swapped_leaves_the_old_version(root, manifest, monkeypatch):
     publish(root, changed(manifest, "a"))
-    write = storage.write_bytes
+    swap = storage.swap
 
-    def crash(path, data):
+    def crash(path, old, new):
         if path.endswith("CURRENT"):
             raise KeyboardInterrupt
-        write(path, data)
+        return swap(path, old, new)
 
-    monkeypatch.setattr(storage, "write_bytes", crash)
+    monkeypatch.setattr(storage, "swap", crash)
     with pytest.raises(KeyboardInterrupt):
         publish(root, changed(manifest, "b"))
     monkeypatch.undo()
@@ -123,9 +130,99 @@ def test_a_crash_before_the_pointer_is_swapped_leaves_the_old_version(root, mani
     assert Memory(root, "000001").manifest.content_digest == "a" * 64
 
 
+def digests(root):
+    """The content digest of every version."""
+    names = [file.path[-len("000001.json") :][:6] for file in storage.walk(f"{root}/versions")]
+    return {name: Memory(root, name).manifest.content_digest for name in names}
+
+
+def assert_each_has_its_own(root, published):
+    """published: version and digest, as each publisher was told."""
+    assert len(digests(root)) == len(published)
+    assert digests(root) == dict(published)
+    assert memory.current_version(root) == max(digests(root))
+
+
+def test_publishers_in_threads(root, manifest):
+    start = threading.Barrier(4)
+
+    def attempt(publisher):
+        start.wait()
+        told = [publish(root, changed(manifest, f"{publisher}{turn}")) for turn in range(5)]
+        return [(version.version, version.content_digest) for version in told]
+
+    with ThreadPoolExecutor(4) as pool:
+        published = [each for told in pool.map(attempt, range(4)) for each in told]
+    assert_each_has_its_own(root, published)
+
+
+PUBLISHER = """
+import sys, time
+from vm_core import storage
+from vm_core.memory import Manifest, publish
+
+root, manifest, name, other = sys.argv[1:]
+manifest = Manifest.model_validate_json(manifest)
+storage.write_bytes(f"{root}/ready/{name}", b"")
+while not storage.is_file(f"{root}/ready/{other}"):
+    time.sleep(0.001)
+for turn in range(8):
+    digest = f"{name}{turn}" * 32
+    print(publish(root, manifest.model_copy(update={"content_digest": digest})).version, digest)
+"""
+
+
+def test_publishers_in_processes(root, manifest):
+    command = [sys.executable, "-c", PUBLISHER, root, manifest.model_dump_json()]
+    processes = [
+        subprocess.Popen([*command, *names], stdout=subprocess.PIPE, text=True)
+        for names in ("ab", "ba")
+    ]
+    told = [process.communicate(timeout=60)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0]
+    published = [line.split() for text in told for line in text.splitlines()]
+    assert len(published) == 16
+    assert_each_has_its_own(root, published)
+
+
+@pytest.mark.parametrize("claimed_by_other", ["before", "after"])
+def test_the_higher_number_of_two_is_current(root, manifest, monkeypatch, caplog, claimed_by_other):
+    """Another publishes while the first has its number and not yet the pointer."""
+    publish(root, changed(manifest, "a"))
+    swap = storage.swap
+
+    def interrupted(path, old, new):
+        at_pointer = path.endswith("CURRENT")
+        if at_pointer == (claimed_by_other == "after"):
+            monkeypatch.setattr(storage, "swap", swap)
+            publish(root, changed(manifest, "b"))
+        return swap(path, old, new)
+
+    monkeypatch.setattr(storage, "swap", interrupted)
+    published = publish(root, changed(manifest, "c"))
+    first, second = ("b", "c") if claimed_by_other == "before" else ("c", "b")
+    assert digests(root) == {"000001": "a" * 64, "000002": first * 64, "000003": second * 64}
+    assert published.version == ("000003" if second == "c" else "000002")
+    assert Memory(root).manifest.content_digest == second * 64
+    text = "version 000003 of .* was published at the same time as 000002 and is the current one"
+    assert bool(re.search(text, caplog.text)) == (second == "b")
+
+
+def test_what_came_between_is_not_taken_back(root, manifest):
+    publish(root, changed(manifest, "a"))
+    publish(root, changed(manifest, "b"), base="000001")
+    with pytest.raises(VisualMemoryError, match="000002.* from version 000001: somebody"):
+        publish(root, changed(manifest, "c"), base="000001")
+    assert sorted(digests(root)) == ["000001", "000002"]
+    # A repeated attempt of what is published already is no conflict.
+    assert publish(root, changed(manifest, "b"), base="000001").version == "000002"
+
+
 def test_not_a_memory(tmp_path):
-    with pytest.raises(VisualMemoryError, match=r"is not a visual memory: it has no file CURRENT"):
+    with pytest.raises(VisualMemoryError, match=r"is not a visual memory: it does not exist"):
         Memory(str(tmp_path / "nowhere"))
+    with pytest.raises(VisualMemoryError, match=r"is not a visual memory: it has no file CURRENT"):
+        Memory(str(tmp_path))
     (tmp_path / "CURRENT").write_text("")
     with pytest.raises(VisualMemoryError):
         Memory(str(tmp_path))

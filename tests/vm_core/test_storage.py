@@ -1,11 +1,13 @@
-"""Storage: nothing appears by halves, on a disk or, with fsspec's memory for one, in a bucket."""
+"""Storage: nothing appears by halves, on a disk, in a bucket, or in fsspec's memory for others."""
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import threading
 import uuid
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import fsspec
@@ -15,11 +17,13 @@ from vm_core import storage
 from vm_core.errors import VisualMemoryError
 
 
-@pytest.fixture(params=["local", "bucket"])
+@pytest.fixture(params=["local", "bucket", "memory"])
 def root(request, tmp_path) -> str:
     """A folder that is not there yet; the code under test does not know which kind it is."""
     if request.param == "local":
         return str(tmp_path / "root")
+    if request.param == "bucket":
+        return request.getfixturevalue("bucket") + "/root"
     return f"memory://root-{uuid.uuid4().hex}"
 
 
@@ -37,6 +41,75 @@ def test_what_is_written_is_read(root):
     assert storage.is_directory(storage.join(root, "a"))
     assert not storage.is_directory(path)
     assert storage.sha256_file(path) == hashlib.sha256(b"three").hexdigest()
+
+
+def test_what_is_there(root):
+    path = storage.join(root, "a", "b")
+    assert storage.read_if_exists(path) is None and not storage.is_file(path)
+    storage.write_bytes(path, b"")
+    assert storage.read_if_exists(path) == b"" and storage.is_file(path)
+    assert storage.exists(storage.join(root, "a")) and not storage.is_file(storage.join(root, "a"))
+    with storage.open_read(path) as file:
+        assert file.read() == b""
+
+
+def test_a_missing_file_is_reported_alike(root):
+    path = storage.join(root, "none")
+    for read in (storage.read_bytes, storage.open_read):
+        with pytest.raises(FileNotFoundError) as raised:
+            read(path)
+        assert raised.value.strerror == "No such file or directory"
+        assert str(raised.value.filename) == path
+
+
+def test_swap(root):
+    path = storage.join(root, "a", "pointer")
+    assert not storage.swap(path, b"1", b"2") and not storage.exists(path)
+    assert storage.swap(path, None, b"1")
+    assert not storage.swap(path, None, b"2")
+    assert not storage.swap(path, b"0", b"2")
+    assert storage.read_bytes(path) == b"1"
+    assert storage.swap(path, b"1", b"2")
+    # A repeated attempt finds its own work done.
+    assert storage.swap(path, b"1", b"2") and storage.swap(path, None, b"2")
+    assert storage.read_bytes(path) == b"2" and listed(root) == ["/a/pointer"]
+
+
+@pytest.mark.parametrize("kind", ["local", "bucket"])
+def test_of_many_that_swap_one_succeeds(kind, request, tmp_path):
+    root = str(tmp_path / "root") if kind == "local" else request.getfixturevalue("bucket")
+    path = storage.join(root, "pointer")
+    start = threading.Barrier(6)
+    content: bytes | None = None
+
+    def attempt(new: bytes) -> bytes:
+        start.wait()
+        return new if storage.swap(path, content, new) else b""
+
+    with ThreadPoolExecutor(6) as pool:
+        for turn in range(10):
+            tried = [f"{turn} {number}".encode() for number in range(6)]
+            won = [new for new in pool.map(attempt, tried) if new]
+            assert len(won) == 1 and storage.read_bytes(path) == won[0]
+            content = won[0]
+
+
+def test_a_file_system_without_links(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.EPERM, "no links here")
+
+    monkeypatch.setattr(os, "link", refuse)
+    path = str(tmp_path / "pointer")
+    assert storage.swap(path, None, b"1") and not storage.swap(path, None, b"2")
+    assert storage.read_bytes(path) == b"1" and listed(str(tmp_path)) == ["/pointer"]
+
+
+def test_check_writable(root, tmp_path):
+    storage.check_writable(storage.join(root, "a"))
+    assert listed(root) == []
+    (tmp_path / "file").write_text("")
+    with pytest.raises(VisualMemoryError, match=r"cannot write to '.*file/x': Not a directory"):
+        storage.check_writable(str(tmp_path / "file" / "x"))
 
 
 def test_a_failed_write_leaves_nothing_behind(root):
@@ -243,8 +316,8 @@ def test_local_copy_of_a_local_path_is_the_path(tmp_path):
     assert tmp_path.exists()
 
 
-def test_local_copy_from_a_bucket():
-    root = f"memory://copy-{uuid.uuid4().hex}"
+@pytest.mark.parametrize("root", ["bucket", "memory"], indirect=True)
+def test_local_copy_from_a_bucket(root):
     storage.write_bytes(f"{root}/index/a", b"1")
     storage.write_bytes(f"{root}/index/deep/b", b"2")
     with storage.local_copy(f"{root}/index") as folder:
@@ -256,6 +329,23 @@ def test_local_copy_from_a_bucket():
     assert not os.path.exists(folder)
     with storage.local_copy(f"{root}/index/a") as file:
         assert Path(file).read_bytes() == b"1"
+    with pytest.raises(FileNotFoundError), storage.local_copy(f"{root}/none"):
+        pass
+
+
+@pytest.mark.parametrize("kind", ["local", "bucket", "memory"])
+def test_a_name_is_no_pattern(kind, request, tmp_path):
+    roots = {"local": str(tmp_path), "memory": f"memory://{uuid.uuid4().hex}"}
+    root = roots[kind] if kind in roots else request.getfixturevalue("bucket")
+    for folder in ("a[1]", "a1"):
+        storage.write_bytes(f"{root}/{folder}/b", folder.encode())
+    with storage.local_copy(f"{root}/a[1]") as folder:
+        assert Path(folder, "b").read_bytes() == b"a[1]"
+    with storage.write_directory_atomic(f"{root}/a[1]") as folder:
+        fill(folder, c="1")
+    assert listed(root) == ["/a1/b", "/a[1]/c"]
+    storage.remove_directory(f"{root}/a[1]")
+    assert listed(root) == ["/a1/b"]
 
 
 def test_remove_directory(root):
@@ -277,6 +367,14 @@ def test_absolute(tmp_path, monkeypatch):
 def test_unknown_scheme_names_the_remedy():
     with pytest.raises(VisualMemoryError, match=r"cannot open 'nfs9://x/y': .* use a local path"):
         storage.exists("nfs9://x/y")
+
+
+def test_a_url_that_is_not_quite_one():
+    with pytest.raises(VisualMemoryError, match=r"'gs:/b/x' is no URL.* Write 'gs://b/x'"):
+        storage.absolute("gs:/b/x")
+    for path in ("gs://", "gs:///folder"):
+        with pytest.raises(VisualMemoryError, match=f"'{path}' names no bucket"):
+            storage.read_bytes(path)
 
 
 def test_the_stand_in_for_a_bucket_is_not_local():

@@ -62,7 +62,7 @@ class Plugin(Encoder):
         )
 
     def _check_folder(self) -> None:
-        if not storage.exists(storage.join(self.path, "saved_model.pb")):
+        if not storage.is_file(storage.join(self.path, "saved_model.pb")):
             raise VisualMemoryError(
                 f"encoder: {self.path!r} is not a SavedModel (it has no saved_model.pb). Give the "
                 "folder that tf.saved_model.save wrote, or a TF-Hub handle"
