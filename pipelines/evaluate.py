@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
 import apache_beam as beam
-import numpy as np
 from apache_beam.utils.shared import Shared
 from rich.console import Console
 
@@ -21,26 +20,25 @@ from pipelines.embedding import EmbedSplits
 from vm_core import config, evaluation, sources, summary
 from vm_core.embedding import by_shard
 from vm_core.errors import VisualMemoryError
-from vm_core.evaluation import EvaluationConfig, EvaluationPlan, Outcome, Part
-from vm_core.neighbors import Neighbors
+from vm_core.evaluation import EvaluationConfig, EvaluationPlan, Outcome
 from vm_core.records import Embedded
 
 
-class SearchParts(beam.DoFn):
-    """Part -> (shard, (places, Neighbors)): searches one partition for some queries.
+class Search(beam.DoFn):
+    """Element -> step(plan, element, partitions): a step that searches the memory.
 
     Partitions stay open in a bounded cache, one for all threads of a process.
     """
 
-    def __init__(self, plan: EvaluationPlan):
-        self._plan = plan
+    def __init__(self, plan: EvaluationPlan, step: Callable[..., Any]):
+        self._plan, self._step = plan, step
         self._shared = Shared()
 
     def setup(self) -> None:
         self._partitions = self._shared.acquire(self._plan.memory.partition_cache)
 
-    def process(self, part: Part) -> Iterator[tuple[int, tuple[np.ndarray, Neighbors]]]:
-        yield part.shard, evaluation.search_part(self._plan, part, self._partitions)
+    def process(self, element: Any) -> Iterator[Any]:
+        yield self._step(self._plan, element, self._partitions)
 
 
 class MergeOutcomes(beam.CombineFn):
@@ -84,16 +82,25 @@ def define_pipeline(root: beam.Pipeline, plan: EvaluationPlan, work: Sequence[An
         | "GroupByShard" >> beam.GroupByKey()
         | "Queries" >> beam.MapTuple(partial(_gather, plan))
     )
-    found = (
-        gathered
-        | "Route" >> beam.FlatMap(lambda pair: evaluation.route(plan, pair[0], pair[1].block))
-        | "SpreadParts" >> beam.Reshuffle()
-        | "Search" >> beam.ParDo(SearchParts(plan))
-    )
+    if len(plan.memory.manifest.partitions) > 1:
+        found = (
+            gathered
+            | "Route" >> beam.FlatMap(partial(evaluation.route, plan))
+            | "SpreadParts" >> beam.Reshuffle()
+            | "Search" >> beam.ParDo(Search(plan, evaluation.search_part))
+        )
+        outcomes = (
+            {"queries": gathered, "found": found}
+            | "Join" >> beam.CoGroupByKey()
+            | "Evaluate" >> beam.MapTuple(partial(_evaluate, plan))
+        )
+    else:
+        # Nothing to spread or to merge: the neighbours, most of the bytes, never travel.
+        outcomes = gathered | "SearchAndEvaluate" >> beam.ParDo(
+            Search(plan, evaluation.search_shard)
+        )
     _ = (
-        {"queries": gathered, "found": found}
-        | "Join" >> beam.CoGroupByKey()
-        | "Evaluate" >> beam.MapTuple(partial(_evaluate, plan))
+        outcomes
         | "Merge" >> beam.CombineGlobally(MergeOutcomes(plan))
         | "Results" >> beam.Map(partial(evaluation.write_results, plan))
     )
