@@ -11,12 +11,18 @@ from collections.abc import Callable, Mapping, Sequence
 import apache_beam as beam
 from apache_beam.options.pipeline_options import PipelineOptions, SetupOptions, StandardOptions
 from apache_beam.runners import create_runner
+from apache_beam.runners.portability.fn_api_runner import worker_handlers
 
 from vm_core import progress
 from vm_core.errors import VisualMemoryError
 
 # The DirectRunner tries to download and start Prism first and falls back to this one.
 LOCAL_RUNNER = "FnApiRunner"
+
+# Workers that are threads would send what they have encoded once a second, from another
+# thread and without a lock: an element cut in two, which arrives as something else. At 0
+# they send when a buffer is full or the bundle ends, as workers that are processes do.
+worker_handlers.DATA_BUFFER_TIME_LIMIT_MS = 0
 
 
 def pipeline_options(arguments: Sequence[str]) -> PipelineOptions:
