@@ -27,22 +27,36 @@ from vm_core.neighbors import Neighbors
 from vm_core.records import Embedded
 
 
-class SearchParts(beam.DoFn):
-    """Part -> (shard, (places, Neighbors)): searches one partition for some queries.
-
-    Partitions stay open in a bounded cache, one for all threads of a process.
-    """
+class WithPartitions(beam.DoFn):
+    """Base of the steps that search: partitions stay open in a bounded cache of the process."""
 
     def __init__(self, plan: EvaluationPlan):
-        self._search = measured("search", partial(evaluation.search_part, plan))
         self._plan = plan
+        self._search = measured("search", partial(evaluation.search_part, plan))
         self._shared = Shared()
 
     def setup(self) -> None:
         self._partitions = self._shared.acquire(self._plan.memory.partition_cache)
 
+
+class SearchParts(WithPartitions):
+    """Part -> (shard, (places, Neighbors)): searches one partition for some queries."""
+
     def process(self, part: Part) -> Iterator[tuple[int, tuple[np.ndarray, Neighbors]]]:
-        yield part.shard, self._search(part, self._partitions)
+        yield self._search(part, self._partitions)
+
+
+class SearchAndEvaluate(WithPartitions):
+    """(shard, Gathered) -> Outcome, in one step: the neighbours, most bytes, never travel."""
+
+    def __init__(self, plan: EvaluationPlan):
+        super().__init__(plan)
+        self._route = measured("route", partial(evaluation.route, plan))
+        self._evaluate = measured("evaluate", partial(evaluation.evaluate_shard, plan))
+
+    def process(self, queries: tuple[int, evaluation.Gathered]) -> Iterator[Outcome]:
+        found = [self._search(part, self._partitions)[1] for part in self._route(queries)]
+        yield self._evaluate(*queries, found)
 
 
 class MergeOutcomes(beam.CombineFn):
@@ -90,16 +104,25 @@ def define_pipeline(root: beam.Pipeline, plan: EvaluationPlan, files: Sequence[s
         | "GroupByShard" >> beam.GroupByKey()
         | "Queries" >> beam.MapTuple(measured("gather", partial(_gather, plan)))
     )
-    found = (
-        gathered
-        | "Route" >> beam.FlatMapTuple(measured("route", partial(_route, plan)))
-        | "SpreadParts" >> beam.Reshuffle()
-        | "Search" >> beam.ParDo(SearchParts(plan)).with_resource_hints(**hints.of_partitions(root))
-    )
+    near_partitions = hints.of_partitions(root)
+    if len(plan.memory.manifest.partitions) > 1:
+        found = (
+            gathered
+            | "Route" >> beam.FlatMap(measured("route", partial(evaluation.route, plan)))
+            | "SpreadParts" >> beam.Reshuffle()
+            | "Search" >> beam.ParDo(SearchParts(plan)).with_resource_hints(**near_partitions)
+        )
+        outcomes = (
+            {"queries": gathered, "found": found}
+            | "Join" >> beam.CoGroupByKey()
+            | "Evaluate" >> beam.MapTuple(measured("evaluate", partial(_evaluate, plan)))
+        )
+    else:  # nothing to spread or to merge
+        outcomes = gathered | "SearchAndEvaluate" >> beam.ParDo(
+            SearchAndEvaluate(plan)
+        ).with_resource_hints(**near_partitions)
     _ = (
-        {"queries": gathered, "found": found}
-        | "Join" >> beam.CoGroupByKey()
-        | "Evaluate" >> beam.MapTuple(measured("evaluate", partial(_evaluate, plan)))
+        outcomes
         | "Merge" >> beam.CombineGlobally(MergeOutcomes(plan))
         | "Results" >> beam.Map(measured("results", partial(evaluation.write_results, plan)))
     )
@@ -107,10 +130,6 @@ def define_pipeline(root: beam.Pipeline, plan: EvaluationPlan, files: Sequence[s
 
 def _name(path: str) -> str:
     return path.rpartition("/")[2]
-
-
-def _route(plan: EvaluationPlan, shard: int, gathered: evaluation.Gathered) -> Iterator[Part]:
-    return evaluation.route(plan, shard, gathered.block)
 
 
 def _gather(

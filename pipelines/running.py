@@ -19,6 +19,7 @@ from apache_beam.options.pipeline_options import (
     TestOptions,
 )
 from apache_beam.runners import create_runner
+from apache_beam.runners.portability.fn_api_runner import worker_handlers
 from rich.console import Console
 
 from pipelines import commands, hints, measuring
@@ -27,6 +28,11 @@ from vm_core.errors import VisualMemoryError
 
 # The DirectRunner tries to download and start Prism first and falls back to this one.
 LOCAL_RUNNER = "FnApiRunner"
+
+# Workers that are threads would send what they have encoded once a second, from another
+# thread and without a lock: an element cut in two, which arrives as something else. At 0
+# they send when a buffer is full or the bundle ends, as workers that are processes do.
+worker_handlers.DATA_BUFFER_TIME_LIMIT_MS = 0
 
 _log = logging.getLogger(__name__)
 # Of this process, by the file that tells of them: a command may run several pipelines.

@@ -13,6 +13,7 @@ import json
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -261,8 +262,9 @@ def gather_queries(plan: EvaluationPlan, shard: int, parts: Iterable[Embedded]) 
     return Gathered(block, embedded.rejected, duplicates)
 
 
-def route(plan: EvaluationPlan, shard: int, queries: EmbeddingBlock) -> Iterator[Part]:
+def route(plan: EvaluationPlan, shard_queries: tuple[int, Gathered]) -> Iterator[Part]:
     """Sends the queries of a shard to the partitions that they visit, in blocks."""
+    shard, (queries, *_) = shard_queries
     bare = EmbeddingBlock(queries.ids, queries.labels, queries.sources, queries.vectors)
     if not len(bare):
         return
@@ -275,14 +277,14 @@ def route(plan: EvaluationPlan, shard: int, queries: EmbeddingBlock) -> Iterator
 
 def search_part(
     plan: EvaluationPlan, part: Part, partitions: Callable[[int], Partition]
-) -> tuple[np.ndarray, Neighbors]:
-    """The places of a part's queries, and their neighbours in its partition."""
+) -> tuple[int, tuple[np.ndarray, Neighbors]]:
+    """The shard, the places of a part's queries, and their neighbours in its partition."""
     config = plan.config
     found = search_partition(
         partitions(part.partition), part.queries, config.k, config.leave_one_out
     )
     measure.count("done_queries", len(part.queries))
-    return part.places, found
+    return part.shard, (part.places, found)
 
 
 def evaluate_shard(
@@ -407,8 +409,8 @@ def summarise(plan: EvaluationPlan, outcome: Outcome) -> dict[str, Any]:
 def write_results(plan: EvaluationPlan, outcome: Outcome) -> dict[str, Any]:
     """Writes metrics.json, accuracy.csv, per_class.csv and report.html; returns the metrics."""
     results = summarise(plan, outcome)
-    storage.write_bytes(plan.path("accuracy.csv"), _accuracy_csv(results))
-    storage.write_bytes(plan.path("per_class.csv"), _per_class_csv(plan, outcome))
+    storage.write_bytes(plan.path("accuracy.csv"), _accuracy_csv(results).encode())
+    storage.write_bytes(plan.path("per_class.csv"), _per_class_csv(plan, outcome).encode())
     examples = {kind: outcome.gallery.examples(kind) for kind in KINDS}
     shown = {id for kind in KINDS for example in examples[kind] for id in example.neighbor_ids}
     thumbnails = plan.memory.thumbnails(shown)
@@ -464,7 +466,7 @@ def _empty_outcome(plan: EvaluationPlan) -> Outcome:
     return Outcome(metrics(), metrics(), Gallery(*headline, config.vote_parameters))
 
 
-def _accuracy_csv(results: dict[str, Any]) -> bytes:
+def _accuracy_csv(results: dict[str, Any]) -> str:
     rows: list[Sequence[Any]] = [("queries", "voter", "k", "accuracy")]
     for queries in ("tuning", "test"):
         if results[queries]:
@@ -473,24 +475,26 @@ def _accuracy_csv(results: dict[str, Any]) -> bytes:
     return _csv(rows)
 
 
-def _per_class_csv(plan: EvaluationPlan, outcome: Outcome) -> bytes:
+def _per_class_csv(plan: EvaluationPlan, outcome: Outcome) -> str:
     """Accuracy of every class at every k, on the test queries."""
     metrics, classes = outcome.test, plan.memory.classes
     per_class = metrics.result()["per_class"]
-    rows: list[Sequence[Any]] = [("label", "class", "queries", "voter", "k", "accuracy")]
+    text = [_csv([("label", "class", "queries", "voter", "k", "accuracy")])]
+    digits = cache(repr)  # few shares are different, and writing one takes longest
     for voter in metrics.voters:
         accuracy = metrics.class_accuracy_at_k(voter)
         for column, label in enumerate(metrics.classes.tolist()):
             if str(label) in per_class:
                 queries = per_class[str(label)]["queries"]
-                rows += [
-                    (label, classes.name(label), queries, voter, k, value)
+                head = _csv([(label, classes.name(label), queries, voter)]).removesuffix("\n")
+                text += [
+                    f"{head},{k},{digits(value)}\n"
                     for k, value in enumerate(accuracy[:, column].tolist(), 1)
                 ]
-    return _csv(rows)
+    return "".join(text)
 
 
-def _csv(rows: Iterable[Sequence[Any]]) -> bytes:
+def _csv(rows: Iterable[Sequence[Any]]) -> str:
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(rows)
-    return text.getvalue().encode()
+    return text.getvalue()

@@ -153,6 +153,36 @@ def test_several_workers_and_other_shards(memory, queries, evaluated, tmp_path):
     ).read_bytes()
 
 
+@pytest.mark.parametrize("mode", ["in_memory", "multi_threading"])
+def test_several_partitions_find_what_one_finds(
+    mode, small_encoder, few_photos, queries, evaluated, tmp_path
+):
+    """With one partition the neighbours stay where they are found; here they are sent on."""
+    divided = build_memory(
+        configuration(
+            tmp_path / "memory", small_encoder, few_photos, partitioning={"rows": 12, "probes": 99}
+        )
+    )
+    assert len(divided.manifest.partitions) > 2
+    plan, results = evaluated
+    assert len(plan.memory.manifest.partitions) == 1
+    arguments = (f"--direct_running_mode={mode}", "--direct_num_workers=2")
+    other, found = run(
+        divided,
+        tmp_path / "out",
+        *arguments,
+        queries=folder_source(queries),
+        max_failure_share=0.1,
+        tuning_share=0.3,
+    )
+    for name in ("test", "tuning", "chosen_k", "queries"):
+        assert found[name] == results[name]
+    for name in ("neighbors", "predictions", "quarantine", "leaks"):
+        for shard in range(3):
+            ours, theirs = (Path(each.shard_file(name, shard)) for each in (other, plan))
+            assert ours.read_bytes() == theirs.read_bytes()
+
+
 def test_counts_and_unknown_classes(evaluated):
     plan, results = evaluated
     queries = results["queries"]

@@ -1,4 +1,6 @@
-"""Options, and errors from workers."""
+"""Options, errors from workers, and what workers send each other."""
+
+import time
 
 import apache_beam as beam
 import pytest
@@ -36,6 +38,27 @@ def test_another_error_keeps_what_it_says(arguments):
     with pytest.raises(Exception, match="a fault of the program") as raised:
         running.run(failing(ZeroDivisionError("a fault of the program")), arguments, {})
     assert not isinstance(raised.value, VisualMemoryError)
+
+
+class SlowToPickle:
+    """Takes longer to encode than Beam's threads would leave a buffer unsent."""
+
+    def __reduce__(self):
+        time.sleep(1.1)
+        return SlowToPickle, ()
+
+
+def test_an_element_that_takes_long_to_encode_arrives_whole(tmp_path):
+    def join(key, values):
+        (tmp_path / key).write_text(" ".join(f"{a} {type(b).__name__} {c}" for a, b, c in values))
+
+    def define(root):
+        element = ("key", ("head", SlowToPickle(), "tail"))
+        made = root | beam.Create([0]) | beam.Map(lambda _: element)
+        return made | beam.GroupByKey() | beam.MapTuple(join)
+
+    running.run(define, MODES[1], {})
+    assert (tmp_path / "key").read_text() == "head SlowToPickle tail"
 
 
 def test_a_pipeline_that_succeeds():
