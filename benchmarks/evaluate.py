@@ -11,12 +11,13 @@ report. Both run in a process of their own, from its start to its end, imports i
 ``ratio`` is the bare search's seconds over the pipeline's. ``exact`` gives the same for
 exact search. ``--keep`` leaves the memories in a folder, where the next run finds them.
 
-Expected at 1,000,000 rows: 0.8. Came, on 2 cores with some ten other processes at work on
-them, as the median of 3 rounds: 0.97 (54 s bare against 55 s). The processors' seconds, which
-depend less on the others, were 15.4 against 18.9: 0.81. Of what the pipeline adds 2.5 to 3 s
-are the import of Beam, 1 s its start and the queries' way to their shard, 1.3 s votes and
-tables, 0.4 s results; 1.5 s are saved at the exit. An idle machine, where the search itself
-gains most from both cores, has not been measured.
+Expected at 1,000,000 rows with ScaNN: 0.8. Came, on 2 cores that other processes kept busy:
+0.97 as the median of 3 rounds at a load of 10 (54 against 55 s), 1.03 of 4 at a load of 5
+(23.4 against 22.8 s; 0.89 to 1.11 round by round). Two threads get a larger share of busy
+cores than one, so that flatters the pipeline: of the processors' seconds, 15.4 against 18.9
+and 15.0 against 19.2, the ratios are 0.81 and 0.78. Of what the pipeline adds 2.5 to 3 s are
+the import of Beam, 1 s its start and the queries' way to their shard, 1.3 s votes and tables,
+0.4 s results; 1.5 s are saved at the exit. An idle machine has not been measured.
 """
 
 from __future__ import annotations
