@@ -67,7 +67,11 @@ class Highest:
         if self._above.size < products.size:
             self._above = np.empty(products.size, bool)
         above = self._above[: products.size].reshape(products.shape)
-        np.greater(products, self._thresholds[:, None], out=above)
+        usual = np.setbufsize(16)  # a buffer over more than a row would be filled with thresholds
+        try:
+            np.greater(products, self._thresholds[:, None], out=above)
+        finally:
+            np.setbufsize(usual)
         place = np.flatnonzero(above)
         query = place // products.shape[1]
         column = place - query * products.shape[1]  # three times as fast as divmod

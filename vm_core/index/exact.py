@@ -280,7 +280,7 @@ def _distances(queries: np.ndarray, vectors: np.ndarray, rows: np.ndarray) -> np
         for columns in _slices(0, rows.shape[1], width):
             chosen = rows[some, columns]
             out = compared[: chosen.shape[0], : chosen.shape[1]]
-            out[...] = vectors[chosen]
+            out[...] = _float32(vectors[chosen])
             # vecdot runs one dot product a pair, so a pair's result does not know its
             # neighbours.
             np.vecdot(wide[some], out, out=products[some, columns])
