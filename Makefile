@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 # and then refuses the lock. uv does not.
 UV := 0.13.9
 
-.PHONY: venv demo test check dataflow-check lock clean
+.PHONY: venv demo test test-clusters check dataflow-check lock clean
 
 venv: $(VENV)/complete
 
@@ -25,7 +25,11 @@ demo: venv
 	$(BIN)/python -m demo $(if $(IMAGES),--images "$(IMAGES)") $(ARGS)
 
 test: venv
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not cluster"
+
+# Prism and Flink; what there is no Go or no Java for is skipped, and says so.
+test-clusters: venv
+	$(BIN)/python -m pytest -m cluster
 
 check: venv
 	$(BIN)/ruff check .

@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 
 import apache_beam as beam
+import grpc
 from apache_beam.options.pipeline_options import (
     DebugOptions,
     GoogleCloudOptions,
@@ -184,6 +185,21 @@ def _for_the_user(error: Exception) -> VisualMemoryError | None:
             r"\bvm_core(?:\.\w+)+Error: (.*?)(?=\n\n|\nTraceback|\Z)", text, re.DOTALL
         )
         if not found:
-            return None
+            return _given_up(error)
         text = found[-1]
     return VisualMemoryError(re.sub(r" \[while running '[^']*'\]\s*$", "", text.strip()))
+
+
+def _given_up(error: Exception) -> VisualMemoryError | None:
+    """What a runner says that lost a worker, or that was lost itself; None for other errors."""
+    if isinstance(error, grpc.RpcError):
+        reason = str(error.details() if isinstance(error, grpc.Call) else error)
+    else:
+        found = re.match(r"Pipeline \S+ failed in state \w+: (.+)", str(error), re.DOTALL)
+        if found is None or "Traceback" in found[1]:
+            return None
+        reason = found[1]
+    return VisualMemoryError(
+        f"the runner gave up: {' '.join(reason.split())}. Start the same command again: it goes "
+        "on with what is finished"
+    )

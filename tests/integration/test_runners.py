@@ -106,19 +106,19 @@ def test_several_workers(options, settings, queries, reference, tmp_path):
     assert_same(everything(tmp_path, settings, queries, *options), reference)
 
 
-@pytest.mark.slow
+@pytest.mark.cluster
 def test_prism(settings, queries, reference, tmp_path):
     options = clusters.prism()
     assert_same(everything(tmp_path, settings, queries, *options), reference)
 
 
-@pytest.mark.slow
+@pytest.mark.cluster
 def test_prism_with_workers_that_are_processes(settings, queries, reference, pool, tmp_path):
     options = [*clusters.prism(), *pool.options]
     assert_same(everything(tmp_path, settings, queries, *options), reference)
 
 
-@pytest.mark.slow
+@pytest.mark.cluster
 def test_flink(settings, queries, reference, tmp_path):
     with clusters.flink_cluster(tmp_path / "flink") as cluster:
         options = clusters.flink(int(cluster["REST_PORT"]))
