@@ -24,7 +24,6 @@ from benchmarks.calibrate import K, mixture_block
 from benchmarks.mixture import FINGERPRINT, HELD_OUT
 from vm_core import indexing
 from vm_core.calibration import Constants
-from vm_core.estimates import Workload
 from vm_core.index import scann
 from vm_core.indexing import IndexPlan, PartitionEntry, ShardRows
 from vm_core.neighbors import to_arrow
@@ -36,6 +35,7 @@ from vm_core.search import Router, Searcher
 from vm_core.shards import write_shard
 from vm_core.voting import vote
 from vm_core.worker_types import this_machine
+from vm_core.workload import Workload
 
 _SHARD_ROWS, _QUERY_ROWS = 20_000, 1024
 

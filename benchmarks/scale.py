@@ -29,13 +29,13 @@ from benchmarks.memory_watch import PeakMemory
 from pipelines import prune, score
 from vm_core import calibration
 from vm_core.calibration import Constants
-from vm_core.estimates import Workload
 from vm_core.leave_one_out import LeaveOneOutConfig
 from vm_core.memory import Memory
 from vm_core.partitioning import Partitioning
 from vm_core.planner import Plan
 from vm_core.planner import plan as plan_workload
 from vm_core.worker_types import this_machine
+from vm_core.workload import Workload
 
 LIMIT = 4 << 30
 K = 100

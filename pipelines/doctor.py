@@ -22,9 +22,9 @@ from vm_core import config, doctor, plugins
 from vm_core.building import BuildConfig
 from vm_core.doctor import Check
 from vm_core.errors import VisualMemoryError
-from vm_core.estimates import Workload
 from vm_core.memory import Memory, current_version
 from vm_core.partitioning import Partitioning
+from vm_core.workload import Workload
 
 
 def flink(flink_version: str | None, job_server: str | None) -> Check:

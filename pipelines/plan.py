@@ -14,9 +14,9 @@ from rich.console import Console
 
 from pipelines import commands
 from vm_core import calibration, dataflow_options, plan_summary, plugins, worker_types
-from vm_core.estimates import ITEM_BYTES, REORDER_BYTES, Workload
 from vm_core.partitioning import Partitioning
 from vm_core.planner import plan
+from vm_core.workload import ITEM_BYTES, REORDER_BYTES, Workload
 
 
 def whole(text: str) -> int:

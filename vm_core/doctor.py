@@ -33,9 +33,10 @@ from rich.text import Text
 
 from vm_core import calibration, storage, worker_types
 from vm_core.errors import VisualMemoryError
-from vm_core.estimates import Estimate, Workload
+from vm_core.estimates import Estimate
 from vm_core.plan_summary import size
 from vm_core.planner import plan
+from vm_core.workload import Workload
 
 _WHY = {
     "scann": "its TensorFlow operators are built against one minor release",

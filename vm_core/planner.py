@@ -14,8 +14,9 @@ from dataclasses import dataclass
 
 from vm_core.calibration import Constants
 from vm_core.errors import VisualMemoryError
-from vm_core.estimates import Estimate, Sizes, Stage, Workload
+from vm_core.estimates import Estimate, Sizes, Stage
 from vm_core.worker_types import Worker
+from vm_core.workload import Workload
 
 USABLE_MEMORY = 0.85
 

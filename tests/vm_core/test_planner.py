@@ -11,11 +11,12 @@ from hypothesis import strategies as st
 from vm_core import calibration, estimates, plan_summary, worker_types
 from vm_core.calibration import Constants
 from vm_core.errors import VisualMemoryError
-from vm_core.estimates import Estimate, Workload, rows_scored
+from vm_core.estimates import Estimate, rows_scored
 from vm_core.index import scann
 from vm_core.partitioning import Partitioning
 from vm_core.planner import plan
 from vm_core.worker_types import GB, Accelerator, Worker
+from vm_core.workload import Workload
 
 ROUND = Constants(
     machine="a thought",
