@@ -241,8 +241,9 @@ def test_identical_rows_alone():
     assert (distances == distances[:, :1]).all()
 
 
+@pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("k", [10, 3_000])
-def test_memory_is_bounded_whatever_the_rows(k, tmp_path, monkeypatch):
+def test_memory_is_bounded_whatever_the_rows(k, threads, tmp_path, monkeypatch):
     monkeypatch.setattr(exact, "_PRODUCTS", 2**15)
     monkeypatch.setattr(exact, "_VALUES", 2**17)
     monkeypatch.setattr(exact, "_SMALL", 0)
@@ -253,10 +254,11 @@ def test_memory_is_bounded_whatever_the_rows(k, tmp_path, monkeypatch):
     np.save(tmp_path / "vectors.npy", vectors)
     mapped = np.load(tmp_path / "vectors.npy", mmap_mode="r")
     wanted = np.repeat(query[None], 100, axis=0)
-    with threadpool_limits(2, "blas"):
+    with threadpool_limits(threads, "blas"):
         small = peak(lambda: top_k(wanted, mapped[:few], k))
         large = peak(lambda: top_k(wanted, mapped, k))
-    assert large < 1.5 * small + 2**20
+    # Each thread's memory is bounded; they may need the most at the same time or not.
+    assert large < threads * small + 2**20
 
 
 def test_many_neighbours():
