@@ -208,6 +208,12 @@ def _candidates(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Rows (Q, count) of the highest products, unordered, and the products float32."""
     length = span.stop - span.start
+    if length <= capacity(count):  # nothing to filter: a router's cells
+        products = np.empty((len(queries), length), np.float32)
+        for start, some in _products(queries, vectors, span):
+            products[:, start - span.start :][:, : some.shape[1]] = some
+        rows = np.broadcast_to(np.arange(span.start, span.stop), products.shape)
+        return highest(rows, products, min(count, length))
     best = Highest(len(queries), min(count, length), length, guess)
     for start, products in _products(queries, vectors, span):
         best.add(products, start)
