@@ -54,8 +54,8 @@ class Highest:
         """
         if self._seen < self._guess_at:
             return
-        # So many of a query's highest are expected among the rows so far, and so many are
-        # exceeded by one query in ten thousand, if the order of the rows is a random one.
+        # If the rows come in no particular order, so many of a query's highest are among
+        # those seen, on average, and more than rank for one query in ten thousand.
         expected = self._count * self._seen / self._length
         rank = math.ceil(expected + 3.5 * math.sqrt(expected) + 3)
         if rank < min(self._count, products.shape[1]):
@@ -68,7 +68,9 @@ class Highest:
         if self._above.size < products.size:
             self._above = np.empty(products.size, bool)
         above = self._above[: products.size].reshape(products.shape)
-        usual = np.setbufsize(16)  # a buffer over more than a row would be filled with thresholds
+        # With its usual buffer, which may span rows, NumPy writes each threshold into it once
+        # for every column, which takes twice as long as the comparison.
+        usual = np.setbufsize(16)
         try:
             np.greater(products, self._thresholds[:, None], out=above)
         finally:
