@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-_EARLY = 8  # thresholds are guessed within the first eighth of the rows
+_EARLY = 8  # thresholds are guessed from the first block and within an eighth of the rows
 
 
 def capacity(count: int) -> int:
@@ -30,7 +30,7 @@ class Highest:
         self._count = count
         self._length = length
         self._seen = 0
-        self._guess_at = 1 if guess else length
+        self._guess_at = 1 if guess else length + 1
         self._products = np.full((queries, capacity(count)), -np.inf, np.float32)
         self._rows = np.zeros(self._products.shape, np.int64)
         self._filled = np.zeros(queries, np.int64)
@@ -44,17 +44,18 @@ class Highest:
         if first:
             self._guess(products)
         self._keep(products, start)
-        self._guess(self._products)
+        if self._seen <= self._length // _EARLY:
+            self._guess(self._products)
 
     def _guess(self, products: np.ndarray) -> None:
         """Raises the thresholds whenever twice as many rows were seen as the last time.
 
         products: (Q, any number), the highest that were seen.
         """
-        if not self._guess_at <= self._seen <= self._length // _EARLY:
+        if self._seen < self._guess_at:
             return
-        # So many of a query's highest are expected among the rows so far, and so many are
-        # exceeded by one query in ten thousand, if the order of the rows is a random one.
+        # If the rows come in no particular order, so many of a query's highest are among
+        # those seen, on average, and more than rank for one query in ten thousand.
         expected = self._count * self._seen / self._length
         rank = math.ceil(expected + 3.5 * math.sqrt(expected) + 3)
         if rank < min(self._count, products.shape[1]):
@@ -67,7 +68,9 @@ class Highest:
         if self._above.size < products.size:
             self._above = np.empty(products.size, bool)
         above = self._above[: products.size].reshape(products.shape)
-        usual = np.setbufsize(16)  # a buffer over more than a row would be filled with thresholds
+        # With its usual buffer, which may span rows, NumPy writes each threshold into it once
+        # for every column, which takes twice as long as the comparison.
+        usual = np.setbufsize(16)
         try:
             np.greater(products, self._thresholds[:, None], out=above)
         finally:

@@ -206,7 +206,11 @@ def _float32(block: np.ndarray) -> np.ndarray:
 def _candidates(
     queries: np.ndarray, vectors: np.ndarray, count: int, span: slice, guess: bool = True
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Rows (Q, count) of the highest products, unordered, and the products float32."""
+    """Rows (Q, count) of the highest products, unordered, and the products float32.
+
+    guess: whether thresholds may be guessed; where they were too high, it is done again
+    without.
+    """
     length = span.stop - span.start
     if length <= capacity(count):  # nothing to filter: a router's cells
         products = np.empty((len(queries), length), np.float32)
