@@ -27,6 +27,10 @@ STAGES = (
 """In the order in which a run goes through them."""
 
 
+_SHOWN_MS = 50
+"""Shorter times are no line of the table."""
+
+
 @dataclass(frozen=True)
 class Distribution:
     """Whole numbers, by what is kept of them."""
@@ -95,23 +99,35 @@ class _Stage:
         for (what, unit), reused in self.metrics.items():
             if what == "reused":
                 total = reused + self.metrics.get(("fresh", unit), 0)
-                shares.append(f"{reused / max(1, total):.0%} of {total:,} {unit}")
+                if reused:
+                    shares.append(f"{reused / total:.0%} of {total:,} {unit}")
         return ", ".join(shares)
 
     @property
-    def notes(self) -> str:
-        """Where the time went, and why images went to quarantine."""
+    def details(self) -> str:
+        """Where the time went, what moved, and why images went to quarantine."""
         times = [
             f"{what} {value / 1e3:,.1f} s"
             for what, value in self.of_unit("ms").items()
-            if what != "work"
+            if what != "work" and value >= _SHOWN_MS
         ]
+        moved = [f"{size(value)} {what}" for what, value in self.of_unit("bytes").items() if value]
         reasons = [
             f"{what.replace('_', ' ')} {value:,}"
             for what, value in self.with_prefix("quarantined_").items()
         ]
-        notes = [", ".join(times), "quarantined: " + ", ".join(reasons) if reasons else ""]
+        notes = [
+            ", ".join(times),
+            ", ".join(moved),
+            f"batches of {self.batches}" if self.batches else "",
+            f"reused {self.reused}" if self.reused else "",
+            f"quarantined: {', '.join(reasons)}" if reasons else "",
+        ]
         return "; ".join(note for note in notes if note)
+
+    @property
+    def is_shown(self) -> bool:
+        return bool(self.done) or self.work.sum >= _SHOWN_MS
 
 
 def split_name(name: str) -> tuple[str, str, str]:
@@ -133,39 +149,24 @@ def of_run(run: str, metrics: Mapping[str, Any] | None) -> RenderableType:
     """A line a stage. Seconds are those of all workers and threads, added."""
     if metrics is None:
         return Text(f"{run}: this runner keeps no metrics, so there is no summary of the run")
-    rows = [_row(name, stage) for name, stage in _by_stage(metrics).items()]
     table = Table(
         box=box.SIMPLE_HEAD, pad_edge=False, title=f"What {run} did", title_justify="left"
     )
-    shown = [column for column in _COLUMNS if any(row[column] for row in rows)]
-    for column in shown:
-        right = column not in ("stage", "batches", "reused", "of that")
-        table.add_column(column, justify="right" if right else "left", overflow="fold")
-    for row in rows:
-        table.add_row(*(row[column] for column in shown))
+    for column in ("stage", "calls", "done", "work", "per call"):
+        table.add_column(column, justify="left" if column == "stage" else "right")
+    table.add_column("of that", overflow="fold")
+    for name, stage in _by_stage(metrics).items():
+        if stage.is_shown:
+            work = stage.work
+            table.add_row(
+                name,
+                f"{work.count:,}",
+                stage.done,
+                f"{work.sum / 1e3:,.1f} s",
+                f"{work.mean:,.0f} ms",
+                stage.details,
+            )
     return table
-
-
-_COLUMNS = (
-    *("stage", "calls", "done", "work", "per call", "read", "written"),
-    *("batches", "reused", "of that"),
-)
-
-
-def _row(name: str, stage: _Stage) -> dict[str, str]:
-    work, moved = stage.work, stage.of_unit("bytes")
-    return {
-        "stage": name,
-        "calls": f"{work.count:,}",
-        "done": stage.done,
-        "work": f"{work.sum / 1e3:,.1f} s",
-        "per call": f"{work.mean:,.0f} ms",
-        "read": size(moved["read"]) if "read" in moved else "",
-        "written": size(moved["written"]) if "written" in moved else "",
-        "batches": stage.batches,
-        "reused": stage.reused,
-        "of that": stage.notes,
-    }
 
 
 def as_json(metrics: Mapping[str, Any]) -> dict[str, Any]:

@@ -41,18 +41,18 @@ def test_the_table_has_a_line_a_stage_in_the_order_of_the_run():
         "1,030 images",
         "3.0 s",
         "1,500 ms",
-        "6 to 32 images, mean 31",
-        "25% of 4 splits",
-        "decode 1.5 s; quarantined: too large 5",
+        "decode 1.5 s; batches of 6 to 32 images, mean 31; reused 25% of 4 splits; "
+        "quarantined: too large 5",
     ):
         assert text in embed
     assert "damaged" not in embed
-    assert re.match(r" *write +3 .*\b20 ms +2\.5 MB", write)
+    assert re.match(r" *write +3 .*\b20 ms +2\.5 MB written", write)
 
 
-def test_columns_without_a_value_are_left_out():
-    text = shown({"publish_work_ms": Distribution(1, 5, 5, 5)})
-    assert "per call" in text and "batches" not in text and "reused" not in text
+def test_what_took_no_time_and_did_nothing_is_left_out():
+    quick = {"train_work_ms": Distribution(1, 3, 3, 3), "home_done_rows": 7}
+    text = shown({**METRICS, **quick})
+    assert "train" not in text and "7 rows" in text
 
 
 def test_a_runner_without_metrics_is_a_line():
