@@ -42,19 +42,20 @@ import scipy.optimize
 import threadpoolctl
 
 from benchmarks.mixture import FINGERPRINT, HELD_OUT, Mixture
-from vm_core import batch_files, calibration, item_scores, partitioning, partitions, storage
-from vm_core.calibration import Constants
+from vm_core import batch_files, item_scores, partitioning, partitions, storage
 from vm_core.errors import VisualMemoryError
-from vm_core.estimates import rows_scored
 from vm_core.index import exact, scann
 from vm_core.item_scores import Lists
 from vm_core.neighbors import to_arrow
 from vm_core.partitions import Members, Partition
+from vm_core.planning import calibration
+from vm_core.planning.calibration import Constants
+from vm_core.planning.estimates import rows_scored
+from vm_core.planning.worker_types import this_machine
 from vm_core.records import EmbeddingBlock, strings
 from vm_core.search import Router, Searcher
 from vm_core.shards import read_shard, write_shard
 from vm_core.voting import vote
-from vm_core.worker_types import this_machine
 
 K = 100
 

@@ -23,19 +23,19 @@ from benchmarks import calibrate
 from benchmarks.calibrate import K, mixture_block
 from benchmarks.mixture import FINGERPRINT, HELD_OUT
 from vm_core import indexing
-from vm_core.calibration import Constants
 from vm_core.index import scann
 from vm_core.indexing import IndexPlan, PartitionEntry, ShardRows
 from vm_core.neighbors import to_arrow
 from vm_core.partitioning import Partitioning
 from vm_core.partitions import Partition
-from vm_core.planner import plan
+from vm_core.planning.calibration import Constants
+from vm_core.planning.planner import plan
+from vm_core.planning.worker_types import this_machine
+from vm_core.planning.workload import Workload
 from vm_core.records import EmbeddingBlock
 from vm_core.search import Router, Searcher
 from vm_core.shards import write_shard
 from vm_core.voting import vote
-from vm_core.worker_types import this_machine
-from vm_core.workload import Workload
 
 _SHARD_ROWS, _QUERY_ROWS = 20_000, 1024
 

@@ -4,7 +4,7 @@
 
 The vectors are a mixture's (benchmarks.mixture), generated block by block and kept as
 float16. Every stage runs through the pipelines that users run, and beside its time stands
-the planner's prediction (vm_core.planner) from the constants of --calibration, a file of
+the planner's prediction (vm_core.planning.planner) from the constants of --calibration, a file of
 benchmarks.calibrate, or the built-in ones. ``ratio`` is 4 GiB over the largest peak of
 resident memory of any process: over 1 is within the limit. The first stage also makes the
 vectors up, which no plan knows of.
@@ -27,15 +27,15 @@ from typing import Any
 from benchmarks import synthetic
 from benchmarks.memory_watch import PeakMemory
 from pipelines import prune, score
-from vm_core import calibration
-from vm_core.calibration import Constants
 from vm_core.leave_one_out import LeaveOneOutConfig
 from vm_core.memory import Memory
 from vm_core.partitioning import Partitioning
-from vm_core.planner import Plan
-from vm_core.planner import plan as plan_workload
-from vm_core.worker_types import this_machine
-from vm_core.workload import Workload
+from vm_core.planning import calibration
+from vm_core.planning.calibration import Constants
+from vm_core.planning.planner import Plan
+from vm_core.planning.planner import plan as plan_workload
+from vm_core.planning.worker_types import this_machine
+from vm_core.planning.workload import Workload
 
 LIMIT = 4 << 30
 K = 100

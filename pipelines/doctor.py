@@ -24,7 +24,7 @@ from vm_core.doctor import Check
 from vm_core.errors import VisualMemoryError
 from vm_core.memory import Memory, current_version
 from vm_core.partitioning import Partitioning
-from vm_core.workload import Workload
+from vm_core.planning.workload import Workload
 
 
 def flink(flink_version: str | None, job_server: str | None) -> Check:

@@ -31,12 +31,13 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from vm_core import calibration, storage, worker_types
+from vm_core import storage
 from vm_core.errors import VisualMemoryError
-from vm_core.estimates import Estimate
-from vm_core.plan_summary import size
-from vm_core.planner import plan
-from vm_core.workload import Workload
+from vm_core.planning import calibration, worker_types
+from vm_core.planning.estimates import Estimate
+from vm_core.planning.planner import plan
+from vm_core.planning.workload import Workload
+from vm_core.units import size
 
 _WHY = {
     "scann": "its TensorFlow operators are built against one minor release",

@@ -17,7 +17,7 @@ from rich.text import Text
 
 from vm_core import storage
 from vm_core.errors import VisualMemoryError
-from vm_core.plan_summary import size
+from vm_core.units import size
 
 STAGES = (
     *("read", "embed", "write", "sample", "train", "assign", "index", "recall", "publish"),

@@ -12,6 +12,7 @@ from rich.text import Text
 
 from vm_core.gallery import Example
 from vm_core.memory import Manifest, Memory
+from vm_core.units import size
 
 
 def of_memory(memory: Memory, classes: int = 20) -> RenderableType:
@@ -23,7 +24,7 @@ def of_memory(memory: Memory, classes: int = 20) -> RenderableType:
         ("images", _counts(manifest)),
         (
             "embeddings",
-            f"{manifest.dimension} x {manifest.dtype}, {_size(manifest.total('bytes'))}",
+            f"{manifest.dimension} x {manifest.dtype}, {size(manifest.total('bytes'))}",
         ),
         ("encoder", f"{manifest.encoder.path} ({manifest.encoder_fingerprint})"),
         ("shards", f"{len(manifest.shards)}"),
@@ -196,11 +197,3 @@ def _grid(*rows: tuple[str, str]) -> Table:
     for name, value in rows:
         table.add_row(name, Text(value))
     return table
-
-
-def _size(count: float) -> str:
-    for unit in ("bytes", "KB", "MB", "GB", "TB"):
-        if count < 1000 or unit == "TB":
-            return f"{count:,.0f} {unit}" if unit == "bytes" else f"{count:,.1f} {unit}"
-        count /= 1000
-    raise AssertionError

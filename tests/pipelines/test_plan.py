@@ -5,7 +5,7 @@ import json
 import pytest
 
 from pipelines import commands, plan
-from vm_core.calibration import DEFAULT, save
+from vm_core.planning.calibration import DEFAULT, save
 
 
 @pytest.fixture

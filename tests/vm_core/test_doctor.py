@@ -14,7 +14,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from vm_core import doctor, encoders, storage
 from vm_core.errors import VisualMemoryError
-from vm_core.workload import Workload
+from vm_core.planning.workload import Workload
 
 
 @pytest.fixture

@@ -18,11 +18,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from vm_core.batch_files import BUNDLES
-from vm_core.calibration import ENCODER_GFLOP, Constants
 from vm_core.errors import VisualMemoryError
 from vm_core.index.auto import Plugin as Auto
-from vm_core.worker_types import Worker
-from vm_core.workload import ITEM_BYTES, REORDER_BYTES, Workload
+from vm_core.planning.calibration import ENCODER_GFLOP, Constants
+from vm_core.planning.worker_types import Worker
+from vm_core.planning.workload import ITEM_BYTES, REORDER_BYTES, Workload
 
 DEFAULT_ENCODER = "dinov2-l14"
 

@@ -2,11 +2,11 @@
 
 import pytest
 
-from vm_core import calibration, dataflow_options, worker_types
 from vm_core.errors import VisualMemoryError
 from vm_core.partitioning import Partitioning
-from vm_core.planner import Plan, plan
-from vm_core.workload import Workload
+from vm_core.planning import calibration, dataflow_options, worker_types
+from vm_core.planning.planner import Plan, plan
+from vm_core.planning.workload import Workload
 
 
 def planned(worker="n1-standard-8", accelerator="t4", count=1, **workload) -> Plan:

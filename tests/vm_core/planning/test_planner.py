@@ -8,15 +8,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vm_core import calibration, estimates, plan_summary, worker_types
-from vm_core.calibration import Constants
 from vm_core.errors import VisualMemoryError
-from vm_core.estimates import Estimate, rows_scored
 from vm_core.index import scann
 from vm_core.partitioning import Partitioning
-from vm_core.planner import plan
-from vm_core.worker_types import GB, Accelerator, Worker
-from vm_core.workload import Workload
+from vm_core.planning import calibration, estimates, worker_types
+from vm_core.planning import summary as plan_summary
+from vm_core.planning.calibration import Constants
+from vm_core.planning.estimates import Estimate, rows_scored
+from vm_core.planning.planner import plan
+from vm_core.planning.worker_types import GB, Accelerator, Worker
+from vm_core.planning.workload import Workload
 
 ROUND = Constants(
     machine="a thought",

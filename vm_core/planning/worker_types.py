@@ -120,6 +120,6 @@ def _named(table: Mapping[str, T], name: str, what: str, more: str = "") -> T:
     if name not in table:
         raise VisualMemoryError(
             f"{what} {name!r} is unknown. Known: {more}{', '.join(table)}; others go into "
-            "vm_core/worker_types.py"
+            "vm_core/planning/worker_types.py"
         )
     return table[name]

@@ -1,7 +1,7 @@
 """What a memory of some size will take: bytes, memory, hours, workers, before it is made.
 
 ``plan`` is arithmetic over a workload, the constants of a calibration and a type of worker;
-the formulas are in vm_core.estimates. A stage has core seconds, bytes to read and write,
+the formulas are in vm_core.planning.estimates. A stage has core seconds, bytes to read and write,
 files to open, and independent tasks. As many tasks run at once on a worker as it has cores
 and memory for; computing, reading and writing are added, not overlapped. n > 1 cores do
 ``scaling`` times n the work of one alone (two hyper-threads share a core).
@@ -12,11 +12,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from vm_core.calibration import Constants
 from vm_core.errors import VisualMemoryError
-from vm_core.estimates import Estimate, Sizes, Stage
-from vm_core.worker_types import Worker
-from vm_core.workload import Workload
+from vm_core.planning.calibration import Constants
+from vm_core.planning.estimates import Estimate, Sizes, Stage
+from vm_core.planning.worker_types import Worker
+from vm_core.planning.workload import Workload
 
 USABLE_MEMORY = 0.85
 

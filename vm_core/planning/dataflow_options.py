@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 
 from vm_core.errors import VisualMemoryError
-from vm_core.planner import USABLE_MEMORY, Plan
-from vm_core.worker_types import WORKERS, Worker
+from vm_core.planning.planner import USABLE_MEMORY, Plan
+from vm_core.planning.worker_types import WORKERS, Worker
 
 ACCELERATORS = {
     "t4": "nvidia-tesla-t4",
