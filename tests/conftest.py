@@ -11,10 +11,15 @@ import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 import demo.fetch
 from demo.emulator import create_bucket, emulator
+
+# Property tests try the same examples in every run: a failure can be seen again.
+hypothesis.settings.register_profile("seeded", derandomize=True)
+hypothesis.settings.load_profile("seeded")
 
 # Before TensorFlow is first imported: no device logs among the test results.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")

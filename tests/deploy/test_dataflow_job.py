@@ -78,8 +78,8 @@ def _pipeline(command, build_plan, memory, photos, folder):
 ENCODING = {"build": {"Embed"}, "evaluate": {"Embed"}}
 PARTITIONS = {
     "build": {"Build", "SearchHeldOut"},
-    "evaluate": {"Search"},
-    "evaluate embeddings": {"Search"},
+    "evaluate": {"SearchAndEvaluate"},
+    "evaluate embeddings": {"SearchAndEvaluate"},
     "score": {"SearchHome", "SearchVisitors", "ScorePartition"},
 }
 

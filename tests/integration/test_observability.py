@@ -167,11 +167,17 @@ def test_a_stage_that_yields_is_not_charged_for_what_follows_it(arguments):
 
 
 def test_the_summary_is_on_standard_error_after_the_bars(capsys):
+    def publish(number):
+        measure.count("done_rows", number)
+
     running.run(
-        lambda root: root | beam.Create([1]) | beam.Map(measured("publish", str)), [], {"write": 1}
+        lambda root: root | beam.Create([3]) | beam.Map(measured("publish", publish)),
+        [],
+        {"write": 1},
     )
     out, err = capsys.readouterr()
     assert out == "" and err.index("write ") < err.index("What run did") < err.index("publish")
+    assert "3 rows" in err
 
 
 def test_a_runner_that_keeps_no_metrics_says_so_and_the_run_counts(capsys, monkeypatch, tmp_path):
