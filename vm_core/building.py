@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -311,7 +310,7 @@ def publish(
     published = memory.publish(plan.root, manifest)
     storage.remove_directory(plan.path(f"work/{plan.fingerprint}"))
     storage.remove_directory(plan.path(index_plan.work))
-    _remove_leftovers(plan.path(plan.folder))
+    storage.remove_leftovers(plan.path(plan.folder))
     return published
 
 
@@ -333,14 +332,6 @@ def _recall(
     measured = recall.summarise(hits, labels, probes, cells, before)
     recall.check(measured, plan.config.minimum_recall)
     return probes, measured
-
-
-def _remove_leftovers(folder: str) -> None:
-    """Removes what attempts that were killed left under temporary names."""
-    paths = (file.path[len(folder) :] for file in storage.walk(folder))
-    found = (re.match(r".*?\.incomplete-[^/]*", path) for path in paths)
-    for leftover in sorted({match[0] for match in found if match}):
-        storage.remove_directory(folder + leftover)
 
 
 def _digest(value: Any) -> str:

@@ -168,7 +168,7 @@ def finish(plan: LeaveOneOutPlan) -> dict[str, Any]:
         "duplicates": BatchFile(plan.work("groups")).facts,
         "worst": worst,
     }
-    _remove_leftovers(plan)
+    storage.remove_leftovers(plan.path(""))
     storage.write_bytes(plan.path("scores.json"), json.dumps(results, indent=1).encode())
     storage.remove_directory(plan.work(""))
     _log.info("wrote the scores of %d items to %s", results["items"], plan.path(""))
@@ -239,10 +239,3 @@ def of_scores(results: dict[str, Any]) -> RenderableType:
             Text(item["id"]),
         )
     return Group(facts, Text(), table)
-
-
-def _remove_leftovers(plan: LeaveOneOutPlan) -> None:
-    """Removes what attempts that were killed left under temporary names."""
-    for file in storage.walk(plan.path("")):
-        if ".incomplete-" in file.path:
-            storage.remove_directory(file.path)

@@ -30,6 +30,7 @@ from vm_core.errors import VisualMemoryError
 
 _GOOGLE = ("gs://", "gcs://")
 _REQUESTS = 16  # at a time
+_INCOMPLETE = ".incomplete-"
 
 
 class FileInfo(NamedTuple):
@@ -391,6 +392,23 @@ def remove_directory(path: str) -> None:
         _each(filesystem.rm_file, filesystem.find(name))
 
 
+def remove_leftovers(folder: str) -> None:
+    """Removes what attempts that were killed left below a folder under temporary names.
+
+    On an object store there is nothing of the kind.
+    """
+    filesystem, name = _filesystem(folder)
+    if not isinstance(filesystem, LocalFileSystem):
+        return
+    for path, folders, files in os.walk(name):
+        for left in [each for each in folders if _INCOMPLETE in each]:  # an empty one as well
+            shutil.rmtree(os.path.join(path, left), ignore_errors=True)
+            folders.remove(left)
+        for left in (each for each in files if _INCOMPLETE in each):
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(os.path.join(path, left))
+
+
 def _each(call: Callable[..., None], *arguments: Sequence[str]) -> None:
     """Calls a function for each file, several at a time: a bucket takes long to answer."""
     with ThreadPoolExecutor(_REQUESTS) as pool:
@@ -407,4 +425,4 @@ def sha256_file(path: str) -> str:
 
 
 def _temporary_name(name: str) -> str:
-    return f"{name}.incomplete-{uuid.uuid4().hex[:12]}"
+    return f"{name}{_INCOMPLETE}{uuid.uuid4().hex[:12]}"

@@ -182,6 +182,7 @@ def test_a_killed_run_goes_on_where_it_was(
     folder = finished.parent / "index-0123456789ab" / "partition-00000.incomplete-0123456789ab"
     folder.mkdir(parents=True)
     (folder / "rows.parquet").write_bytes(b"half")
+    folder.with_name("partition-00001.incomplete-0123456789ab").mkdir()  # before its first file
 
     calls = count_encoded(monkeypatch)
     rebuilt = build_memory(settings)
