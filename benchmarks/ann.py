@@ -53,7 +53,7 @@ from vm_core.search import Searcher
 K, ROUNDS = 100, 3
 BOUNDS = (0.95, 0.99)
 ROWS_PER_BLOCK = 50_000  # as benchmarks.synthetic has them in a shard
-LEAVES = (4, 8, 16, 32, 64, 128, 256)
+LEAVES = (1, 2, 3, 4, 6, 8, 16, 32, 64, 128)
 REORDERS = (150, 250, 400, 800)
 
 SELF_TUNED = "self-tuned"
@@ -193,7 +193,7 @@ def routed(data: Data, threads: int, partitions: int) -> Iterator[tuple[str, Sea
     probes = [n for n in (1, 2, 4, 8) if n <= partitions]
     steps, reorders = data.steps(), list(REORDERS)
     if partitions > 1:  # a third choice instead of more of the first two
-        steps, reorders = [step for step in steps if step <= 64], reorders[::2]
+        steps, reorders = [step for step in steps if step <= 32], reorders[::2]
     for visited, leaves, reorder in product(probes, steps, reorders):
 
         def opened_with(number: int, leaves: int = leaves, reorder: int = reorder) -> Partition:

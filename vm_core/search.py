@@ -95,10 +95,13 @@ def search_partition(
     with measure.timed("search_ms"):
         rows, distances = partition.search(queries.vectors, k + exclude_self)
     found = rows >= 0
-    ids = np.full(rows.shape, "", object)
-    labels = np.full(rows.shape, PADDING, np.int64)
-    ids[found] = partition.members.ids[rows[found]]
-    labels[found] = partition.members.labels[rows[found]]
+    if found.all():
+        ids, labels = partition.members.ids[rows], partition.members.labels[rows]
+    else:
+        ids = np.full(rows.shape, "", object)
+        labels = np.full(rows.shape, PADDING, np.int64)
+        ids[found] = partition.members.ids[rows[found]]
+        labels[found] = partition.members.labels[rows[found]]
     weights = None
     if partition.weights is not None:
         weights = np.ones(rows.shape, np.float32)
@@ -114,28 +117,36 @@ def assemble(
 ) -> Neighbors:
     """The k nearest of what partitions found; a part comes with the places of its queries.
 
-    The parts may come in any order.
+    The parts may come in any order. Their arrays may become the answer's.
     """
+    found: Neighbors | None = None
+    fresh = np.ones(len(queries), bool)
+    for places, part in parts:
+        if found is None and np.array_equal(places, np.arange(len(queries))):
+            found, fresh[:] = part, False
+            continue
+        found = _nothing(queries, k) if found is None else found
+        if not fresh[places].all():
+            part = merge(found.take(places), part)
+        fresh[places] = False
+        if part.weights is not None and found.weights is None:
+            found = replace(found, weights=np.ones(found.labels.shape, np.float32))
+        for name in ("ids", "labels", "distances", "weights"):
+            values = getattr(part, name)
+            if values is not None:
+                getattr(found, name)[places] = values
+    return _nothing(queries, k) if found is None else found
+
+
+def _nothing(queries: EmbeddingBlock, k: int) -> Neighbors:
     shape = (len(queries), k)
-    found = Neighbors(
+    return Neighbors(
         queries.ids,
         queries.labels,
         np.full(shape, "", object),
         np.full(shape, PADDING, np.int64),
         np.full(shape, np.inf, np.float32),
     )
-    fresh = np.ones(len(queries), bool)
-    for places, part in parts:
-        if not fresh[places].all():
-            part = merge(found.take(places), part)
-        fresh[places] = False
-        if part.weights is not None and found.weights is None:
-            found = replace(found, weights=np.ones(shape, np.float32))
-        for name in ("ids", "labels", "distances", "weights"):
-            values = getattr(part, name)
-            if values is not None:
-                getattr(found, name)[places] = values
-    return found
 
 
 class Searcher:
@@ -146,13 +157,12 @@ class Searcher:
 
     def __call__(self, queries: EmbeddingBlock, k: int, exclude_self: bool = False) -> Neighbors:
         """The k nearest rows of each query; fewer are padded."""
-        parts = (
-            (
-                places,
-                search_partition(self._partitions(number), queries.take(places), k, exclude_self),
-            )
-            for number, places in self._router.visits(queries.vectors)
-        )
+
+        def search(number: int, places: np.ndarray) -> tuple[np.ndarray, Neighbors]:
+            some = queries if len(places) == len(queries) else queries.take(places)
+            return places, search_partition(self._partitions(number), some, k, exclude_self)
+
+        parts = (search(*visit) for visit in self._router.visits(queries.vectors))
         return assemble(queries, k, parts)
 
 

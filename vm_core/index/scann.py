@@ -196,12 +196,17 @@ def searching(searcher: Any, vectors: np.ndarray, tuned: Tuned) -> TopK:
         valid = ~np.isnan(products)
         if not exact:
             products = _products(queries, vectors, neighbors)
-        near = np.where(valid, np.maximum(1.0 - products, 0.0), np.inf).astype(np.float32)
-        which = np.where(valid, neighbors.astype(np.int64), -1)
+        near = np.maximum(1.0 - products, 0.0, dtype=np.float32)
+        which = neighbors.astype(np.int64)
+        if not valid.all():
+            near, which = np.where(valid, near, np.float32(np.inf)), np.where(valid, which, -1)
         # Rows are in the order of ids: sorting by row, then by distance, breaks ties by id.
-        order = np.lexsort((which, near), axis=1)[:, :found]
-        rows[:, :found] = np.take_along_axis(which, order, axis=1)
-        distances[:, :found] = np.take_along_axis(near, order, axis=1)
+        # Most lists come sorted and without ties, and sorting is slow.
+        (some,) = np.nonzero((near[:, 1:] <= near[:, :-1]).any(axis=1))
+        order = np.lexsort((which[some], near[some]), axis=1)
+        which[some] = np.take_along_axis(which[some], order, axis=1)
+        near[some] = np.take_along_axis(near[some], order, axis=1)
+        rows[:, :found], distances[:, :found] = which[:, :found], near[:, :found]
         return rows, distances
 
     return search
