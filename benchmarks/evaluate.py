@@ -11,13 +11,10 @@ report. Both run in a process of their own, from its start to its end, imports i
 ``ratio`` is the bare search's seconds over the pipeline's. ``exact`` gives the same for
 exact search. ``--keep`` leaves the memories in a folder, where the next run finds them.
 
-Expected at 1,000,000 rows with ScaNN: 0.8. Came, on 2 cores that other processes kept busy:
-0.97 as the median of 3 rounds at a load of 10 (54 against 55 s), 1.03 of 4 at a load of 5
-(23.4 against 22.8 s; 0.89 to 1.11 round by round). Two threads get a larger share of busy
-cores than one, so that flatters the pipeline: of the processors' seconds, 15.4 against 18.9
-and 15.0 against 19.2, the ratios are 0.81 and 0.78. Of what the pipeline adds 2.5 to 3 s are
-the import of Beam, 1 s its start and the queries' way to their shard, 1.3 s votes and tables,
-0.4 s results; 1.5 s are saved at the exit. An idle machine has not been measured.
+Expected at 1,000,000 rows with ScaNN: 0.8. Came, on 2 cores that nothing else used: 0.75 (11.6
+against 15.4 s; 14.0 against 18.5 seconds of the processors). Of what the pipeline adds some
+2.5 s are the import of Beam, 1 s its start and the queries' way to their shard; votes and
+tables take 1.3 s and the results 0.4, partly beside the search.
 """
 
 from __future__ import annotations
