@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -24,13 +23,6 @@ TRIGGERS = {
     "home": ("score", "work/scores-*/home-*.json"),
 }
 """By the stage that is hit: the command, and the first file that says it is under way."""
-
-
-@pytest.fixture(scope="module")
-def pool() -> Iterator[clusters.WorkerPool]:
-    pool = clusters.WorkerPool()
-    yield pool
-    pool.close()
 
 
 @pytest.fixture(scope="module")

@@ -29,13 +29,6 @@ def small_splits() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def pool() -> Iterator[clusters.WorkerPool]:
-    pool = clusters.WorkerPool()
-    yield pool
-    pool.close()
-
-
-@pytest.fixture(scope="module")
 def queries(photos, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("queries") / "held-out"
     for species in ("iris", "peony", "rose", "viola"):

@@ -247,7 +247,7 @@ def test_memory_is_bounded_whatever_the_rows(k, threads, tmp_path, monkeypatch):
     monkeypatch.setattr(exact, "_PRODUCTS", 2**15)
     monkeypatch.setattr(exact, "_VALUES", 2**17)
     monkeypatch.setattr(exact, "_SMALL", 0)
-    few, dimension = 8_000, 64
+    few, dimension = 24_000, 64
     vectors = clustered(12, 5 * few, dimension, 1.0)
     query = vectors[7]
     vectors = vectors[np.argsort(vectors @ query)].astype(np.float16)
@@ -255,10 +255,10 @@ def test_memory_is_bounded_whatever_the_rows(k, threads, tmp_path, monkeypatch):
     mapped = np.load(tmp_path / "vectors.npy", mmap_mode="r")
     wanted = np.repeat(query[None], 100, axis=0)
     with threadpool_limits(threads, "blas"):
-        small = peak(lambda: top_k(wanted, mapped[:few], k))
+        # Threads may need the most at the same time or not: in one of some runs they do.
+        small = max(peak(lambda: top_k(wanted, mapped[:few], k)) for _ in range(4))
         large = peak(lambda: top_k(wanted, mapped, k))
-    # Each thread's memory is bounded; they may need the most at the same time or not.
-    assert large < threads * small + 2**20
+    assert large < 1.5 * small + 2**20
 
 
 def test_many_neighbours():
