@@ -15,7 +15,7 @@ def memory(few_photos, small_encoder, tmp_path_factory):
     return build_memory(configuration(root, small_encoder, few_photos))
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def pool() -> Iterator[clusters.WorkerPool]:
     """Python workers that are processes of their own."""
     pool = clusters.WorkerPool()
