@@ -9,18 +9,17 @@ that wait are stopped. Medians count. The OpenBLAS inside faiss may not know a n
 then falls back to kernels at a fraction of the speed, so all are told to use the kernels
 that NumPy's OpenBLAS has chosen.
 
-ratio: our queries per second / faiss's. ratio_sgemm: our rate / that of NumPy's product
-alone, in blocks of 8,192 rows, with as many threads. ratio_cpu: the same by the CPU's time,
-which says more on a shared machine, and with --threads 1, as waiting threads of a BLAS count
-too. float16: vectors stored so, converted by the block. same_rows: the share of faiss's
+exact: what a search takes by itself on this CPU in a process that has TensorFlow loaded, as
+one that encodes has: bfloat16 products where the CPU has instructions for them. numpy: float32
+products, as without. float16: exact, of vectors that are stored so. sgemm: NumPy's product
+alone, in blocks of 8,192 rows, with as many threads.
+
+ratio: our queries per second / faiss's; ratio_NAME: the same of another of ours. ratio_sgemm:
+our rate / sgemm's. ratio_cpu...: by the CPU's time, which says more on a shared machine, and
+with --threads 1, as waiting threads of a BLAS count too. same_rows: the share of faiss's
 neighbours that are ours too; the rest are ties but for rounding, as faiss ranks by float32
 products.
 
-Expected: ratio 1, ratio_sgemm 0.95: filtering a block of products costs some 5 % of
-computing it, ranking the candidates in float64 some 3 %. Came, on 2 cores that
-nothing else used: 0.985 and 0.983 (192 GFLOP/s, faiss 195, sgemm 195), float16 0.93 of faiss;
-by the CPU's time 0.99, 0.99 and 0.95. faiss filters its products at next to no cost here, so
-the product alone is the limit.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ from threadpoolctl import threadpool_info
 from vm_core.index.exact import top_k
 
 ROUNDS = 5
-PEERS = ("exact", "faiss", "sgemm", "float16")
+PEERS = ("exact", "faiss", "sgemm", "numpy", "float16")
 KERNELS = "OPENBLAS_CORETYPE"
 THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
@@ -75,6 +74,11 @@ def searcher(peer: str, vectors: np.ndarray, queries: np.ndarray, k: int) -> Cal
                 np.matmul(queries, part.T, out=out[:, : len(part)])
 
         return multiply
+    if peer == "numpy":
+        return lambda: top_k(queries, vectors, k, "numpy")[0]
+    import tensorflow as tf
+
+    tf.config.set_visible_devices([], "GPU")  # of the peers, none has it
     stored = vectors.astype(np.float16) if peer == "float16" else vectors
     return lambda: top_k(queries, stored, k)[0]
 
@@ -172,17 +176,23 @@ def main() -> None:
             f"{args.queries / seconds[name]:,.0f} queries/s, "
             f"{flop / seconds[name] / 1e9:.0f} GFLOP/s"
         )
+    ratios = {
+        f"ratio{kind}{name}": round(some[peer] / some[ours], 3)
+        for kind, some in (("", seconds), ("_cpu", cpu_seconds))
+        for name, peer, ours in (
+            ("", "faiss", "exact"),
+            ("_sgemm", "sgemm", "exact"),
+            ("_numpy", "faiss", "numpy"),
+            ("_float16", "faiss", "float16"),
+        )
+    }
     print(
         json.dumps(
             {
                 "name": "exact",
-                "ratio": round(seconds["faiss"] / seconds["exact"], 3),
+                "ratio": ratios.pop("ratio"),
                 "peer": "faiss IndexFlatIP",
-                "ratio_sgemm": round(seconds["sgemm"] / seconds["exact"], 3),
-                "ratio_float16": round(seconds["faiss"] / seconds["float16"], 3),
-                "ratio_cpu": round(cpu_seconds["faiss"] / cpu_seconds["exact"], 3),
-                "ratio_cpu_sgemm": round(cpu_seconds["sgemm"] / cpu_seconds["exact"], 3),
-                "ratio_cpu_float16": round(cpu_seconds["faiss"] / cpu_seconds["float16"], 3),
+                **ratios,
                 "queries_per_s": round(args.queries / seconds["exact"]),
                 "seconds": {name: round(some, 3) for name, some in seconds.items()},
                 "cpu_seconds": {name: round(some, 3) for name, some in cpu_seconds.items()},

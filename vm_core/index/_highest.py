@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 
+_FIRST = 2**10  # rows of the first block from which thresholds are guessed
 _EARLY = 8  # thresholds are guessed from the first block and within an eighth of the rows
 
 
@@ -38,28 +39,28 @@ class Highest:
         self._above = np.empty(0, bool)
 
     def add(self, products: np.ndarray, start: int) -> None:
-        """Takes in the products (Q, W) of the W rows from ``start`` on."""
+        """Takes in the products (Q, W), float32 or bfloat16, of W rows from ``start`` on."""
         first = self._seen == 0
         self._seen += products.shape[1]
         if first:
-            self._guess(products)
+            self._guess(products[:, :_FIRST].astype(np.float32), min(_FIRST, self._seen))
         self._keep(products, start)
         if self._seen <= self._length // _EARLY:
-            self._guess(self._products)
+            self._guess(self._products[:, : self._filled.max()], self._seen)
 
-    def _guess(self, products: np.ndarray) -> None:
+    def _guess(self, products: np.ndarray, seen: int) -> None:
         """Raises the thresholds whenever twice as many rows were seen as the last time.
 
-        products: (Q, any number), the highest that were seen.
+        products: (Q, any number), the highest of the rows that were seen.
         """
-        if self._seen < self._guess_at:
+        if seen < self._guess_at:
             return
         # If the rows come in no particular order, so many of a query's highest are among
         # those seen, on average, and more than rank for one query in ten thousand.
-        expected = self._count * self._seen / self._length
+        expected = self._count * seen / self._length
         rank = math.ceil(expected + 3.5 * math.sqrt(expected) + 3)
         if rank < min(self._count, products.shape[1]):
-            self._guess_at = 2 * self._seen
+            self._guess_at = 2 * seen
             highest = np.partition(products, -rank, axis=1)[:, -rank]
             just_below = np.nextafter(highest, np.float32(-np.inf))
             np.maximum(self._thresholds, just_below, out=self._thresholds)
@@ -72,7 +73,11 @@ class Highest:
         # for every column, which takes twice as long as the comparison.
         usual = np.setbufsize(16)
         try:
-            np.greater(products, self._thresholds[:, None], out=above)
+            if products.dtype == np.float32:
+                np.greater(products, self._thresholds[:, None], out=above)
+            else:
+                bits, least = products.view(np.int16), _least(self._thresholds)
+                np.greater_equal(bits, least[:, None], out=above)
         finally:
             np.setbufsize(usual)
         place = np.flatnonzero(above)
@@ -93,7 +98,9 @@ class Highest:
     def _cut(self, queries: np.ndarray, products: np.ndarray, start: int) -> None:
         """Keeps the ``count`` highest of what there is and of new products."""
         room = self._products.shape[1]
-        both = np.concatenate([self._products[queries], products[queries]], axis=1)
+        both = np.concatenate(
+            [self._products[queries], products[queries].astype(np.float32)], axis=1
+        )
         spare = both.shape[1] - self._count
         keep = np.argpartition(both, spare, axis=1)[:, spare:]
         kept = np.take_along_axis(both, keep, axis=1)
@@ -108,6 +115,16 @@ class Highest:
         """Rows (Q, count), products, and whether (Q,) a row that was left out may be higher."""
         rows, products = highest(self._rows, self._products, self._count)
         return rows, products, products.min(axis=1) < self._thresholds
+
+
+def _least(thresholds: np.ndarray) -> np.ndarray:
+    """The bits, as int16, of the least bfloat16 that is over each float32 threshold.
+
+    Bits of numbers that are not negative are in the numbers' order, and those of all others
+    are below them. Of a negative threshold: the lowest bits, which all numbers reach.
+    """
+    floor = (thresholds.view(np.int32) >> 16).astype(np.int16)
+    return np.where(thresholds < 0, np.iinfo(np.int16).min, floor + np.int16(1)).astype(np.int16)
 
 
 def highest(rows: np.ndarray, products: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:

@@ -1,24 +1,25 @@
 """Exact search: the oracle that every other index is measured against.
 
 A search is a matrix product and little else. It runs at the speed of the product because
-each thread owns its queries and a BLAS of one thread, looks at a block of products while
-it is in the cache, and keeps only those over its query's threshold.
+each thread owns its queries, looks at a block of products while it is in the cache, and keeps
+only those over its query's threshold. As the products only pick candidates, whose distances
+are then computed in float64, they may be coarse: where a CPU multiplies bfloat16 faster, they
+are computed so.
 """
 
 from __future__ import annotations
 
 import glob
-import math
 import os
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from itertools import pairwise
-from typing import Any, Generic, Literal, TypeVar
+from typing import Generic, Literal, TypeVar
 
 import numpy as np
 from threadpoolctl import ThreadpoolController
@@ -26,16 +27,26 @@ from threadpoolctl import ThreadpoolController
 from vm_core.errors import VisualMemoryError
 from vm_core.index import Index, TopK
 from vm_core.index._highest import Highest, capacity, highest
+from vm_core.index._products import (
+    BFLOAT16,
+    FLOAT32,
+    Precision,
+    float32,
+    multiplies_bfloat16,
+    slices,
+    tensorflow,
+)
 
-Backend = Literal["numpy", "tensorflow"]
+Backend = Literal["auto", "numpy", "bfloat16", "tensorflow"]
 
-_SLACK = 12
 _QUERIES = 1024  # of a block: enough for a product at full speed
 _FEW_QUERIES = 64  # for one thread; with fewer the rows are shared out instead
-_PRODUCTS = 2**21  # of a block: 8 MB
-_VALUES = 2**22  # of a block of rows (16 MB), and of what is kept for a block of queries
+_KEPT = 2**22  # values that are kept for a block of queries
 _PAIRS = 2**17  # values compared at a time in float64: 1 MB, which stays in the cache
 _SMALL = 2**25  # multiplications that are not worth starting threads for
+_LARGE = 2**31  # multiplications that are worth asking for more than NumPy
+_MANY_QUERIES = 512  # of a block of rows that is worth converting to bfloat16
+_WORTH_IMPORTING = 2**28  # values of vectors that are worth the import of TensorFlow
 _DEVICE_QUERIES = 2**14  # of a block on a device, so that its rows are seldom sent again
 _DEVICE_VALUES = 2**26  # of products, and of vectors, on a device: 256 MB each
 
@@ -43,25 +54,27 @@ _DEVICE_VALUES = 2**26  # of products, and of vectors, on a device: 256 MB each
 class Plugin(Index):
     """Searches the vectors themselves; it has no files of its own.
 
-    backend: what computes the products. Answers are the same to the last bit. auto takes
-    TensorFlow where it has a GPU, and NumPy elsewhere.
+    backend: what computes the products. Answers are the same to the last bit. numpy: float32
+    on the CPU. bfloat16: TensorFlow on the CPU, twice as fast where the CPU has instructions
+    for it (AVX512-BF16, AMX). tensorflow: float32 on TensorFlow's device. auto takes, for
+    large searches, tensorflow where there is a GPU and bfloat16 where the CPU has it; else
+    numpy.
     """
 
     kind: Literal["exact"] = "exact"
-    backend: Literal["auto", "numpy", "tensorflow"] = "auto"
+    backend: Backend = "auto"
 
     def build(self, vectors: np.ndarray, folder: str) -> None:
         pass
 
     def open(self, vectors: np.ndarray, folder: str) -> TopK:
-        backend = _fastest() if self.backend == "auto" else self.backend
-        if backend == "tensorflow":
-            _tensorflow()  # reports now that it is missing
-        return lambda queries, k: top_k(queries, vectors, k, backend)
+        if self.backend in ("tensorflow", "bfloat16"):
+            tensorflow()  # reports now that it is missing
+        return lambda queries, k: top_k(queries, vectors, k, self.backend)
 
 
 def top_k(
-    queries: np.ndarray, vectors: np.ndarray, k: int, backend: Backend = "numpy"
+    queries: np.ndarray, vectors: np.ndarray, k: int, backend: Backend = "auto"
 ) -> tuple[np.ndarray, np.ndarray]:
     """The k nearest rows of each query by cosine distance.
 
@@ -70,21 +83,26 @@ def top_k(
     in [0, 2], ascending, ties broken by the lower row; -1 and +inf where N < k.
 
     The answer depends on the query and the rows alone, to the last bit, not on what is
-    searched beside them or where: a matrix product, whose rounding changes with its shape,
-    only picks candidates, with some to spare; their distances are then computed one dot
-    product at a time in float64. Where the spare candidates might not suffice, as among
-    thousands of identical images, every row that could belong to them is compared so.
+    searched beside them, where or how: a matrix product, whose rounding changes with its
+    shape, only picks candidates, with some to spare; their distances are then computed one
+    dot product at a time in float64. Where the spare candidates might not suffice, as among
+    thousands of near-duplicates, the products are computed again in more precision, and in
+    the end every row that could belong to them is compared so.
 
     Uses as many threads as BLAS would, and some 100 MB for each. While it runs, BLAS has
     one thread, in the whole process. Raises VisualMemoryError if the backend is missing
-    or its products are less precise than float32.
+    or its products are less precise than they should be.
     """
     rows = np.full((len(queries), k), -1, np.int64)
     distances = np.full((len(queries), k), np.inf, np.float32)
     found = min(k, len(vectors))
     if found and len(queries):
         vectors = np.asarray(vectors)  # of a np.memmap, whose slices are slow to make
-        search = _Search(queries, vectors, found, rows[:, :found], distances[:, :found])
+        if backend == "auto":
+            backend = _fastest(len(queries), vectors.size)
+        precision = BFLOAT16 if backend == "bfloat16" else FLOAT32
+        answer = rows[:, :found], distances[:, :found]
+        search = _Search(queries, vectors, found, *answer, precision)
         if backend == "tensorflow":
             search.on_device()
         elif len(queries) * vectors.size < _SMALL:
@@ -92,6 +110,24 @@ def top_k(
         else:
             search.in_threads()
     return rows, distances
+
+
+def _fastest(queries: int, values: int) -> Backend:
+    """For so many queries and values of vectors. Imports TensorFlow only where it pays."""
+    if queries * values < _LARGE:
+        return "numpy"
+    loaded = "tensorflow" in sys.modules
+    try:
+        might_have_gpu = loaded or glob.glob("/dev/nvidia[0-9]*")
+        if might_have_gpu and tensorflow().config.list_physical_devices("GPU"):
+            return "tensorflow"
+        worthwhile = queries >= _MANY_QUERIES and (loaded or values >= _WORTH_IMPORTING)
+        if worthwhile and multiplies_bfloat16():
+            tensorflow()
+            return "bfloat16"
+    except VisualMemoryError:
+        pass
+    return "numpy"
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,23 +139,23 @@ class _Search:
     k: int
     rows: np.ndarray
     distances: np.ndarray
+    precision: Precision
 
     @property
     def count(self) -> int:
         """How many candidates are kept for each query."""
-        return min(self.k + _SLACK, len(self.vectors))
+        return min(self.k + self.precision.spare(self.k), len(self.vectors))
 
     def alone(self) -> None:
-        for part in _slices(0, len(self.queries), self._block()):
+        for part in slices(0, len(self.queries), self._block()):
             self._part(part)
 
     def in_threads(self) -> None:
         with _threads() as (pool, threads):
             if len(self.queries) < threads * _FEW_QUERIES and threads > 1:
                 spans = _shares(len(self.vectors), threads)
-                for part in _slices(0, len(self.queries), self._block()):
-                    some = partial(_candidates, self.queries[part], self.vectors, self.count)
-                    found = list(pool.map(some, spans))
+                for part in slices(0, len(self.queries), self._block()):
+                    found = list(pool.map(partial(self._candidates, part), spans))
                     rows = np.concatenate([rows for rows, _ in found], axis=1)
                     products = np.concatenate([products for _, products in found], axis=1)
                     rows, products = highest(rows, products, self.count)
@@ -130,24 +166,43 @@ class _Search:
 
     def on_device(self) -> None:
         with _threads() as (pool, threads):
-            size = max(1, min(_DEVICE_QUERIES, _VALUES // self.count))
-            for part in _slices(0, len(self.queries), size):
+            size = max(1, min(_DEVICE_QUERIES, _KEPT // self.count))
+            for part in slices(0, len(self.queries), size):
                 rows, products = _device_candidates(self.queries[part], self.vectors, self.count)
                 self._rank_in(pool, threads, part, rows, products)
-                _check_precision(products, self.distances[part], self.vectors.shape[1])
 
     def _block(self) -> int:
         """How many queries to search at a time."""
-        return max(1, min(_QUERIES, _VALUES // capacity(self.count)))
+        return max(1, min(_QUERIES, _KEPT // capacity(self.count)))
 
     def _part(self, part: slice) -> None:
-        everything = slice(0, len(self.vectors))
-        self._rank(part, *_candidates(self.queries[part], self.vectors, self.count, everything))
+        self._rank(part, *self._candidates(part, slice(0, len(self.vectors))))
 
-    def _rank(self, part: slice, rows: np.ndarray, products: np.ndarray) -> None:
-        self.rows[part], self.distances[part] = _rank(
-            self.queries[part], self.vectors, rows, products, self.k
-        )
+    def _candidates(self, part: slice, span: slice) -> tuple[np.ndarray, np.ndarray]:
+        return _candidates(self.queries[part], self.vectors, self.count, span, self.precision)
+
+    def _rank(self, part: slice, candidates: np.ndarray, products: np.ndarray) -> None:
+        """Fills in the answers of some queries from their candidates."""
+        queries, tolerance = self.queries[part], self.precision.tolerance(self.vectors.shape[1])
+        rows, distances = _rank(queries, self.vectors, candidates, products, self.k, self.precision)
+        if candidates.shape[1] < len(self.vectors):
+            bounds = 1.0 - distances[:, -1].astype(np.float64) - tolerance
+            (unsure,) = np.nonzero(products.min(axis=1) > bounds)
+            if len(unsure):
+                again = rows[unsure], distances[unsure]
+                if self.precision is FLOAT32:
+                    again = _rank_all(queries[unsure], self.vectors, bounds[unsure], self.k)
+                else:
+                    finer = replace(
+                        self,
+                        queries=queries[unsure],
+                        rows=again[0],
+                        distances=again[1],
+                        precision=FLOAT32,
+                    )
+                    finer.alone()
+                rows[unsure], distances[unsure] = again
+        self.rows[part], self.distances[part] = rows, distances
 
     def _rank_in(
         self, pool: Executor, threads: int, part: slice, rows: np.ndarray, products: np.ndarray
@@ -164,47 +219,19 @@ def _threads() -> Iterator[tuple[Executor, int]]:
         yield pool, threads
 
 
-def _slices(start: int, stop: int, size: int) -> list[slice]:
-    return [slice(a, b) for a, b in pairwise([*range(start, stop, size), stop])]
-
-
 def _shares(length: int, number: int) -> list[slice]:
     """Slices as equal as can be; fewer than asked for where there is less to share."""
     edges = sorted({length * i // number for i in range(number + 1)})
     return [slice(a, b) for a, b in pairwise(edges)]
 
 
-def _products(
-    queries: np.ndarray, vectors: np.ndarray, span: slice
-) -> Iterator[tuple[int, np.ndarray]]:
-    """Blocks of float32 products (Q, rows) and their first row; valid until the next one."""
-    size = max(min(_PRODUCTS // len(queries), _VALUES // vectors.shape[1]), 1)
-    if size > 32:
-        # An odd multiple of a cache line: rows of products a power of two apart would
-        # displace one another from the caches.
-        size -= size % 32 + 16
-    products = np.empty(len(queries) * size, np.float32)
-    for part in _slices(span.start, span.stop, size):
-        block = _float32(vectors[part])
-        out = products[: len(queries) * len(block)].reshape(len(queries), len(block))
-        yield part.start, np.matmul(queries, block.T, out=out)
-
-
-def _float32(block: np.ndarray) -> np.ndarray:
-    if block.dtype != np.float16:
-        return np.ascontiguousarray(block, np.float32)
-    # Faster than NumPy's, for finite numbers: shift exponent and fraction to where float32
-    # has them, drop the copies of the sign, make up for the exponents' other zero.
-    bits = block.view(np.int16).astype(np.int32, order="C")
-    bits <<= 13
-    bits &= np.int32(-0x70002000)
-    wide = bits.view(np.float32)
-    wide *= np.float32(2.0**112)
-    return wide
-
-
 def _candidates(
-    queries: np.ndarray, vectors: np.ndarray, count: int, span: slice, guess: bool = True
+    queries: np.ndarray,
+    vectors: np.ndarray,
+    count: int,
+    span: slice,
+    precision: Precision,
+    guess: bool = True,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Rows (Q, count) of the highest products, unordered, and the products float32.
 
@@ -212,51 +239,62 @@ def _candidates(
     without.
     """
     length = span.stop - span.start
+    blocks = precision.blocks(queries, vectors, span)
     if length <= capacity(count):  # nothing to filter: a router's cells
         products = np.empty((len(queries), length), np.float32)
-        for start, some in _products(queries, vectors, span):
+        for start, some in blocks:
             products[:, start - span.start :][:, : some.shape[1]] = some
         rows = np.broadcast_to(np.arange(span.start, span.stop), products.shape)
         return highest(rows, products, min(count, length))
     best = Highest(len(queries), min(count, length), length, guess)
-    for start, products in _products(queries, vectors, span):
+    for start, products in blocks:
         best.add(products, start)
     rows, products, missed = best.result()
     if missed.any():
-        rows[missed], products[missed] = _candidates(queries[missed], vectors, count, span, False)
+        rows[missed], products[missed] = _candidates(
+            queries[missed], vectors, count, span, precision, False
+        )
     return rows, products
 
 
 def _rank(
-    queries: np.ndarray, vectors: np.ndarray, candidates: np.ndarray, products: np.ndarray, k: int
+    queries: np.ndarray,
+    vectors: np.ndarray,
+    candidates: np.ndarray,
+    products: np.ndarray,
+    k: int,
+    precision: Precision,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The k nearest rows (Q, k) and their distances, from candidates (Q, count >= k).
+    """The k nearest rows (Q, k) of the candidates (Q, count >= k), and their distances.
 
-    products: (Q, count) float32 of the candidates; no row beside them has a higher one.
+    products: (Q, count) float32 of the candidates. Raises VisualMemoryError if they are
+    further from the truth than their precision allows.
     """
-    tolerance = _tolerance(vectors.shape[1])
-    # Few but the k nearest can be nearest once the rounding is undone. Distances end at 0.
+    tolerance = precision.tolerance(vectors.shape[1])
     order = np.argsort(-products, axis=1)
+    rows = np.take_along_axis(candidates, order, axis=1)
     products = np.take_along_axis(products, order, axis=1)
-    kth = np.minimum(products[:, k - 1].astype(np.float64), 1.0)
-    needed = max(k, (products >= (kth - 2 * tolerance)[:, None]).sum(axis=1).max())
-    some = np.sort(np.take_along_axis(candidates, order[:, :needed], axis=1), axis=1)
-    rows, nearest = _nearest(some, _distances(queries, vectors, some), k)
-    if candidates.shape[1] < len(vectors):
-        bounds = 1.0 - nearest[:, -1].astype(np.float64) - tolerance
-        (unsure,) = np.nonzero(products[:, -1] > bounds)
-        if len(unsure):
-            rows[unsure], nearest[unsure] = _rank_all(queries[unsure], vectors, bounds[unsure], k)
-    return rows, nearest
-
-
-def _tolerance(dimension: int) -> float:
-    """What a float32 dot product of unit vectors is never off by.
-
-    Its rounding error grows with the square root of the length (Higham & Mary 2019); four
-    times that is out of its reach.
-    """
-    return 4 * math.sqrt(dimension) * 2.0**-24
+    distances = np.full(rows.shape, np.inf, np.float32)
+    distances[:, :k] = _distances(queries, vectors, rows[:, :k])
+    error = np.abs(np.maximum(1.0 - products[:, :k].astype(np.float64), 0.0) - distances[:, :k])
+    if not error.max() <= tolerance:
+        raise VisualMemoryError(
+            f"index (exact): TensorFlow's products are off by {error.max():.1e}, where "
+            f"{precision.name} allows {tolerance:.1e}: its device computes with less. "
+            "Write backend: numpy"
+        )
+    # The nearest may be among those of lower products, but only within the rounding.
+    bounds = 1.0 - distances[:, :k].max(axis=1).astype(np.float64) - tolerance
+    within = products[:, k:] >= bounds[:, None]
+    query, place = np.nonzero(within)
+    place += k
+    for some in slices(0, len(query), max(1, _PAIRS // vectors.shape[1])):
+        pairs = query[some], place[some]
+        distances[pairs] = _distances(queries[pairs[0]], vectors, rows[pairs][:, None])[:, 0]
+    width = k + within.sum(axis=1).max(initial=0)
+    order = np.argsort(rows[:, :width], axis=1)
+    ascending = np.take_along_axis(rows, order, axis=1)
+    return _nearest(ascending, np.take_along_axis(distances, order, axis=1), k)
 
 
 def _rank_all(
@@ -265,7 +303,7 @@ def _rank_all(
     """The k nearest of all rows whose product reaches the query's bound (at least k)."""
     rows = [np.empty((1, 0), np.int64) for _ in queries]
     distances = [np.empty((1, 0), np.float32) for _ in queries]
-    for start, products in _products(queries, vectors, slice(0, len(vectors))):
+    for start, products in FLOAT32.blocks(queries, vectors, slice(0, len(vectors))):
         for i in range(len(queries)):
             reached = start + np.flatnonzero(products[i] >= bounds[i])[None]
             if reached.size:
@@ -286,11 +324,11 @@ def _distances(queries: np.ndarray, vectors: np.ndarray, rows: np.ndarray) -> np
     height = min(len(rows), max(1, _PAIRS // (width * dimension)))
     compared = np.empty((height, width, dimension))
     wide = queries.astype(np.float64)[:, None]
-    for some in _slices(0, len(rows), height):
-        for columns in _slices(0, rows.shape[1], width):
+    for some in slices(0, len(rows), height):
+        for columns in slices(0, rows.shape[1], width):
             chosen = rows[some, columns]
             out = compared[: chosen.shape[0], : chosen.shape[1]]
-            out[...] = _float32(vectors[chosen])
+            out[...] = float32(vectors[chosen])
             # vecdot runs one dot product a pair, so a pair's result does not know its
             # neighbours.
             np.vecdot(wide[some], out, out=products[some, columns])
@@ -307,13 +345,13 @@ def _device_candidates(
     queries: np.ndarray, vectors: np.ndarray, count: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """What ``_candidates`` returns, from whatever device TensorFlow computes on."""
-    tf = _tensorflow()
+    tf = tensorflow()
     size = max(1, min(_DEVICE_VALUES // len(queries), _DEVICE_VALUES // vectors.shape[1]))
     with _full_precision:
         wanted = tf.constant(queries)
         products = tf.zeros((len(queries), 0), tf.float32)
         rows = tf.zeros((len(queries), 0), tf.int64)
-        for part in _slices(0, len(vectors), size):
+        for part in slices(0, len(vectors), size):
             block = tf.cast(tf.constant(vectors[part]), tf.float32)
             every = tf.matmul(wanted, block, transpose_b=True)
             new, columns = tf.math.top_k(every, min(count, len(block)), sorted=False)
@@ -322,41 +360,6 @@ def _device_candidates(
             products, kept = tf.math.top_k(products, min(count, part.stop), sorted=False)
             rows = tf.gather(rows, kept, batch_dims=1)
         return rows.numpy(), products.numpy()
-
-
-def _check_precision(products: np.ndarray, distances: np.ndarray, dimension: int) -> None:
-    """Raises if candidates' products (Q, count) are further from the truth than float32's.
-
-    If each product is at most so far off, then so is the n-th highest of each query.
-    """
-    nearest = -np.sort(-products, axis=1)[:, : distances.shape[1]]
-    error = np.abs(np.maximum(1.0 - nearest.astype(np.float64), 0.0) - distances).max()
-    if not error <= _tolerance(dimension):
-        raise VisualMemoryError(
-            f"index (exact): TensorFlow's products are off by {error:.1e}, where float32 allows "
-            f"{_tolerance(dimension):.1e}: its device computes with less. Write backend: numpy"
-        )
-
-
-def _tensorflow() -> Any:
-    try:
-        import tensorflow
-    except ImportError as error:
-        raise VisualMemoryError(
-            f"index (exact): backend 'tensorflow' cannot be used: {error}. "
-            "Install tensorflow or write backend: numpy"
-        ) from None
-    return tensorflow
-
-
-def _fastest() -> Backend:
-    """TensorFlow if it has a GPU. Does not import it on a machine without one."""
-    if "tensorflow" not in sys.modules and not glob.glob("/dev/nvidia[0-9]*"):
-        return "numpy"
-    try:
-        return "tensorflow" if _tensorflow().config.list_physical_devices("GPU") else "numpy"
-    except VisualMemoryError:
-        return "numpy"
 
 
 T = TypeVar("T")
@@ -405,7 +408,7 @@ def _blas() -> ThreadpoolController:
 @contextmanager
 def _full_precision() -> Iterator[None]:
     """Without TF32, which TensorFlow takes for float32 on GPUs, and which has 10 bits."""
-    config = _tensorflow().config.experimental
+    config = tensorflow().config.experimental
     before = config.tensor_float_32_execution_enabled()
     config.enable_tensor_float_32_execution(False)
     try:

@@ -1,5 +1,6 @@
 """Exact search against brute force in float64."""
 
+import dataclasses
 import sys
 import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
@@ -11,7 +12,8 @@ from hypothesis import strategies as st
 from threadpoolctl import threadpool_info, threadpool_limits
 
 from vm_core.errors import VisualMemoryError
-from vm_core.index import exact, parse
+from vm_core.index import _products, exact, parse
+from vm_core.index._products import BFLOAT16, FLOAT32
 from vm_core.index.exact import top_k
 from vm_core.shard_rows import DTYPES
 
@@ -127,9 +129,17 @@ WAYS = {
     "alone": {"_PRODUCTS": 500},
     "queries shared out": {"_SMALL": 0, "_FEW_QUERIES": 0, "_PRODUCTS": 70, "_QUERIES": 2},
     "rows shared out": {"_SMALL": 0, "_FEW_QUERIES": 100, "_PRODUCTS": 300},
-    "few values at a time": {"_SMALL": 0, "_VALUES": 40, "_PAIRS": 30},
+    "few values at a time": {"_SMALL": 0, "_VALUES": 40, "_KEPT": 40, "_PAIRS": 30},
+    "bfloat16": {"_PRODUCTS": 50},
+    "bfloat16, queries shared out": {"_SMALL": 0, "_FEW_QUERIES": 0, "_VALUES": 400},
+    "bfloat16, rows shared out": {"_SMALL": 0, "_FEW_QUERIES": 100, "_PRODUCTS": 70},
     "tensorflow": {"_DEVICE_QUERIES": 4, "_DEVICE_VALUES": 600},
 }
+
+
+def set_sizes(patch: pytest.MonkeyPatch, **sizes: int) -> None:
+    for name, value in sizes.items():
+        patch.setattr(exact if hasattr(exact, name) else _products, name, value)
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -148,10 +158,9 @@ def test_every_way_of_searching_gives_the_same_bits(
 ):
     everything = clustered(seed, rows + queries, dimension, spread)
     vectors, wanted = everything[:rows].astype(DTYPES[dtype]), everything[rows:]
-    backend = "tensorflow" if way == "tensorflow" else "numpy"
+    backend = next((name for name in ("bfloat16", "tensorflow") if way.startswith(name)), "numpy")
     with pytest.MonkeyPatch.context() as patch, threadpool_limits(3, "blas"):
-        for name, value in WAYS[way].items():
-            patch.setattr(exact, name, value)
+        set_sizes(patch, **WAYS[way])
         found, distances = top_k(wanted, vectors, k, backend)
     expected, expected_distances = brute_force(wanted, vectors, k)
     np.testing.assert_array_equal(found, expected)
@@ -162,7 +171,7 @@ def test_every_float16_becomes_the_same_number_in_float32():
     every = np.arange(2**16, dtype=np.uint16).view(np.float16)
     every = every[np.isfinite(every)].reshape(-1, 32)
     for stored in (every, every[::3], every[::-1, ::2]):
-        np.testing.assert_array_equal(exact._float32(stored), stored.astype(np.float32))
+        np.testing.assert_array_equal(_products.float32(stored), stored.astype(np.float32))
 
 
 def peak(search) -> int:
@@ -211,7 +220,7 @@ ORDERS = {
 @pytest.mark.parametrize("order", ORDERS)
 def test_any_order_of_the_rows_gives_the_same_answer(order, dtype, queries, monkeypatch):
     """Thresholds are guessed from the first rows; where these mislead it is searched again."""
-    monkeypatch.setattr(exact, "_PRODUCTS", 100 * queries)
+    monkeypatch.setattr(_products, "_PRODUCTS", 100 * queries)
     centre = clustered(21, 1, 16, 1.0)
     vectors = clustered(22, 4_000, 16, 1.0)
     vectors[100:140] = vectors[:40]  # duplicates
@@ -241,12 +250,49 @@ def test_identical_rows_alone():
     assert (distances == distances[:, :1]).all()
 
 
+@pytest.mark.parametrize("spread", [1e-3, 0.3])
+@pytest.mark.parametrize("dtype", sorted(DTYPES))
+def test_crowds_within_the_rounding_of_bfloat16_are_searched_in_float32(dtype, spread, monkeypatch):
+    vectors = clustered(26, 9_000, 96, spread).astype(DTYPES[dtype])
+    wanted = clustered(27, 40, 96, spread)
+    wanted[:20] = clustered(26, 20, 96, spread)
+    finer = []
+    blocks = FLOAT32.blocks
+
+    def watched(queries, *rest):
+        finer.append(len(queries))
+        return blocks(queries, *rest)
+
+    watching = dataclasses.replace(FLOAT32, blocks=watched)
+    monkeypatch.setattr(exact, "FLOAT32", watching)
+    for k in (1, 30):
+        finer.clear()
+        found, distances = top_k(wanted, vectors, k, "bfloat16")
+        expected, expected_distances = brute_force(wanted, vectors, k)
+        np.testing.assert_array_equal(found, expected)
+        np.testing.assert_array_equal(distances, expected_distances)
+        assert (sum(finer) >= 20) == (spread == 1e-3)
+
+
+@pytest.mark.parametrize("precision", [FLOAT32, BFLOAT16], ids=lambda one: one.name)
+@pytest.mark.parametrize("dtype", sorted(DTYPES))
+def test_products_keep_to_their_tolerance(precision, dtype):
+    for dimension in (1, 2, 50, 1024):
+        queries = clustered(28, 70, dimension, 0.5)
+        vectors = clustered(28, 500, dimension, 0.5).astype(DTYPES[dtype])
+        truth = queries.astype(np.float64) @ vectors.astype(np.float64).T
+        seen = []
+        for start, products in precision.blocks(queries, vectors, slice(3, 500)):
+            seen += range(start, start + products.shape[1])
+            error = np.abs(products.astype(np.float64) - truth[:, start:][:, : products.shape[1]])
+            assert error.max() <= precision.tolerance(dimension)
+        assert seen == list(range(3, 500))
+
+
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("k", [10, 3_000])
 def test_memory_is_bounded_whatever_the_rows(k, threads, tmp_path, monkeypatch):
-    monkeypatch.setattr(exact, "_PRODUCTS", 2**15)
-    monkeypatch.setattr(exact, "_VALUES", 2**17)
-    monkeypatch.setattr(exact, "_SMALL", 0)
+    set_sizes(monkeypatch, _PRODUCTS=2**15, _VALUES=2**17, _KEPT=2**17, _SMALL=0)
     few, dimension = 24_000, 64
     vectors = clustered(12, 5 * few, dimension, 1.0)
     query = vectors[7]
@@ -323,25 +369,53 @@ def test_tensorflow_keeps_its_setting_of_precision():
     assert tf.config.experimental.tensor_float_32_execution_enabled()
 
 
-def test_a_missing_tensorflow_is_reported_when_the_index_is_opened(monkeypatch):
+@pytest.mark.parametrize("backend", ["tensorflow", "bfloat16"])
+def test_a_missing_tensorflow_is_reported_when_the_index_is_opened(backend, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorflow", None)
     vectors = clustered(18, 40, 4, 1.0)
     with pytest.raises(VisualMemoryError, match="Install tensorflow or write backend: numpy"):
-        exact.Plugin(backend="tensorflow").open(vectors, "")
+        exact.Plugin(backend=backend).open(vectors, "")
     found, _ = exact.Plugin().open(vectors, "")(vectors[:3], 1)
     np.testing.assert_array_equal(found, [[0], [1], [2]])
 
 
-def test_tensorflow_is_chosen_only_where_it_has_a_gpu(monkeypatch):
+LARGE, HUGE = (512, exact._LARGE // 512), (512, exact._WORTH_IMPORTING)
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """Says what the machine has; returns what is chosen for queries and values of vectors."""
     import tensorflow as tf
 
-    monkeypatch.setattr(tf.config, "list_physical_devices", lambda kind: [])
-    assert exact._fastest() == "numpy"
-    monkeypatch.setattr(tf.config, "list_physical_devices", lambda kind: [kind])
-    assert exact._fastest() == "tensorflow"
-    monkeypatch.delitem(sys.modules, "tensorflow")
-    monkeypatch.setattr(exact.glob, "glob", lambda pattern: [])
-    assert exact._fastest() == "numpy" and "tensorflow" not in sys.modules
+    def choose(size, gpu=False, bfloat16=False, loaded=True):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(tf.config, "list_physical_devices", lambda kind: [kind] * gpu)
+            patch.setattr(exact, "multiplies_bfloat16", lambda: bfloat16)
+            patch.setattr(exact.glob, "glob", lambda pattern: ["/dev/nvidia0"] * gpu)
+            if not loaded:
+                patch.delitem(sys.modules, "tensorflow")
+                patch.setattr(exact, "tensorflow", lambda: tf)
+            return exact._fastest(*size)
+
+    return choose
+
+
+def test_small_searches_are_left_to_numpy(machine):
+    small = (512, exact._LARGE // 512 - 1)
+    assert machine(small, gpu=True, bfloat16=True) == "numpy"
+    assert machine((511, exact._WORTH_IMPORTING), bfloat16=True) == "numpy"
+
+
+def test_what_the_machine_has_is_chosen(machine):
+    assert machine(LARGE) == "numpy"
+    assert machine(LARGE, bfloat16=True) == "bfloat16"
+    assert machine(LARGE, gpu=True, bfloat16=True) == "tensorflow"
+    assert machine(LARGE, gpu=True, loaded=False) == "tensorflow"
+
+
+def test_tensorflow_is_imported_for_bfloat16_only_where_it_pays(machine):
+    assert machine(LARGE, bfloat16=True, loaded=False) == "numpy"
+    assert machine(HUGE, bfloat16=True, loaded=False) == "bfloat16"
 
 
 def test_settings():

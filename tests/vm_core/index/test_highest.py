@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vm_core.index._highest import Highest, capacity
+from vm_core.shard_rows import DTYPES
 
 ORDERS = {
     "random": lambda products: products,
@@ -34,16 +35,19 @@ def run(products: np.ndarray, count: int, width: int, guess: bool):
     width=st.integers(1, 400),
     values=st.sampled_from([3, 100, 10**6]),
     guess=st.booleans(),
+    lowest=st.sampled_from([-1, 0, 0.5]),
+    dtype=st.sampled_from(["float32", "bfloat16"]),
 )
 def test_what_is_not_reported_as_missed_is_the_highest(
-    order, seed, rows, count, width, values, guess
+    order, seed, rows, count, width, values, guess, lowest, dtype
 ):
     count = min(count, rows)
-    products = np.random.default_rng(seed).integers(-values, values, (5, rows)) / values
-    products = ORDERS[order](products.astype(np.float32))
+    products = np.random.default_rng(seed).integers(lowest * values, values, (5, rows)) / values
+    products = ORDERS[order](products.astype(np.float32)).astype(DTYPES[dtype])
     found, found_products, missed = run(products, count, width, guess)
     assert found.shape == found_products.shape == (5, count)
     assert guess or not missed.any()
+    products = products.astype(np.float32)
     expected = np.sort(products, axis=1)[:, rows - count :]
     for i in np.flatnonzero(~missed):
         assert len(set(found[i])) == count
