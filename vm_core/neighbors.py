@@ -38,9 +38,9 @@ class Neighbors:
     """Q queries, each with K neighbours, the nearest first.
 
     query_ids: (Q,) object array of str. query_labels: (Q,) int64, the true label or
-    UNKNOWN. ids: (Q, K) object array of str. labels: (Q, K) int64. distances: (Q, K)
-    float32 or float64, cosine distances in [0, 2], ascending. A row with fewer than
-    K neighbours ends in padding: id '', label PADDING, distance +inf.
+    UNKNOWN. ids: (Q, K) array of str, objects or of fixed width. labels: (Q, K) int64.
+    distances: (Q, K) float32 or float64, cosine distances in [0, 2], ascending. A row with
+    fewer than K neighbours ends in padding: id '', label PADDING, distance +inf.
 
     query_label_sets: None, or (Q, L) int64 when a query may have several true
     labels (ImageNet ReaL), each row filled up with UNKNOWN; a row of nothing but
@@ -178,8 +178,8 @@ class Neighbors:
 
 
 def is_in(ids: np.ndarray, wanted: Collection[str]) -> np.ndarray:
-    """Bool array of the shape of ``ids`` (object array of str): which are in ``wanted``."""
-    found = np.fromiter(map(wanted.__contains__, ids.ravel()), dtype=bool, count=ids.size)
+    """Bool array of the shape of ``ids`` (array of str): which are in ``wanted``."""
+    found = np.fromiter(map(wanted.__contains__, ids.ravel().tolist()), bool, count=ids.size)
     return found.reshape(ids.shape)
 
 

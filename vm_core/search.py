@@ -96,9 +96,9 @@ def search_partition(
         rows, distances = partition.search(queries.vectors, k + exclude_self)
     found = rows >= 0
     if found.all():
-        ids, labels = partition.members.ids[rows], partition.members.labels[rows]
+        ids, labels = partition.members.ids.take(rows), partition.members.labels[rows]
     else:
-        ids = np.full(rows.shape, "", object)
+        ids = np.full(rows.shape, "", partition.members.ids.dtype)
         labels = np.full(rows.shape, PADDING, np.int64)
         ids[found] = partition.members.ids[rows[found]]
         labels[found] = partition.members.labels[rows[found]]
@@ -131,6 +131,9 @@ def assemble(
         fresh[places] = False
         if part.weights is not None and found.weights is None:
             found = replace(found, weights=np.ones(found.labels.shape, np.float32))
+        if part.ids.dtype != found.ids.dtype:  # assignment would cut the longer ids
+            wide = np.promote_types(part.ids.dtype, found.ids.dtype)
+            found = replace(found, ids=found.ids.astype(wide))
         for name in ("ids", "labels", "distances", "weights"):
             values = getattr(part, name)
             if values is not None:
@@ -143,7 +146,7 @@ def _nothing(queries: EmbeddingBlock, k: int) -> Neighbors:
     return Neighbors(
         queries.ids,
         queries.labels,
-        np.full(shape, "", object),
+        np.full(shape, "", "U1"),
         np.full(shape, PADDING, np.int64),
         np.full(shape, np.inf, np.float32),
     )
@@ -213,10 +216,9 @@ def _repeated(ids: np.ndarray, distances: np.ndarray) -> np.ndarray:
     """(Q, K) bool: which ids stand in their row already, at a smaller or the same distance."""
     repeated = np.zeros(ids.shape, bool)
     # Numbers sort faster than strings; what they say is checked on the strings themselves.
-    codes = np.fromiter(map(hash, ids.ravel()), np.int64, ids.size).reshape(ids.shape)
+    codes = _codes(ids)
     ascending = np.sort(codes, axis=1)
-    empty = hash("")
-    suspects = ((ascending[:, 1:] == ascending[:, :-1]) & (ascending[:, 1:] != empty)).any(axis=1)
+    suspects = ((ascending[:, 1:] == ascending[:, :-1]) & (ascending[:, 1:] != 0)).any(axis=1)
     rows = np.flatnonzero(suspects)
     if len(rows):
         by_id = np.lexsort((distances[rows], codes[rows]), axis=1)
@@ -227,3 +229,12 @@ def _repeated(ids: np.ndarray, distances: np.ndarray) -> np.ndarray:
         np.put_along_axis(marked, by_id, again, axis=1)
         repeated[rows] = marked
     return repeated
+
+
+def _codes(ids: np.ndarray) -> np.ndarray:
+    """(Q, K) uint64 or int64: the same for the same ids, seldom for others; 0 for ''."""
+    if ids.dtype.kind == "U":
+        letters = np.ascontiguousarray(ids).view(np.uint32).reshape(*ids.shape, -1)
+        odd = 2 * np.random.default_rng(0).integers(2**62, size=letters.shape[-1]) + 1
+        return letters @ odd.astype(np.uint64)
+    return np.fromiter(map(hash, ids.ravel()), np.int64, ids.size).reshape(ids.shape)

@@ -1,9 +1,10 @@
 """Search over partitions equals search over all rows at once, however they are divided."""
 
-import dataclasses
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -11,7 +12,7 @@ from vm_core.index.exact import top_k
 from vm_core.neighbors import Neighbors
 from vm_core.partitions import Members, Partition
 from vm_core.records import PADDING, EmbeddingBlock, strings
-from vm_core.search import PartitionCache, Router, Searcher, merge
+from vm_core.search import PartitionCache, Router, Searcher, _repeated, merge
 
 
 def block(seed: int, rows: int, copies: bool = False) -> EmbeddingBlock:
@@ -104,6 +105,49 @@ def test_merge_is_associative_and_commutative_and_keeps_each_id_once(seed, k, da
         assert known == expected
 
 
+def test_ids_of_other_lengths_stay_whole():
+    """Partitions hold their ids in arrays as wide as the longest."""
+    memory = block(5, 60)
+    names = [name * (1 + 2 * (i % 4)) for i, name in enumerate(memory.ids)]
+    names[3::20] = ["é" * 90, "ü" * 400, "x"]  # the last partition keeps objects
+    memory = EmbeddingBlock(strings(names), memory.labels, memory.sources, memory.vectors)
+    parts = [partition(memory.take(np.arange(start, 60, 4))) for start in range(4)]
+    assert len({part.members.ids.dtype for part in parts}) > 2
+    for order in (parts, parts[::-1]):
+        found = find_neighbors(order, memory, 30)
+        whole = find_neighbors([partition(memory)], memory, 30)
+        np.testing.assert_array_equal(found.ids, whole.ids)
+        assert set(found.ids.ravel()) <= set(names)
+
+
+@pytest.mark.parametrize("width", [5, 57, 58, 300])
+def test_ids_are_of_fixed_width_where_that_takes_little_memory(width):
+    names = [f"{number:0{width}d}" for number in range(20)]
+    memory = block(6, 20)
+    ids = partition(replace(memory, ids=strings(names))).members.ids
+    assert ids.tolist() == names
+    assert (ids.dtype == object) == (width > 57)
+    assert ids.nbytes <= 2 * 20 * (57 + width)
+
+
+def test_an_id_that_ends_in_nul_is_kept():
+    names = ["a", "a\0", "b"]
+    assert partition(replace(block(7, 3), ids=strings(names))).members.ids.tolist() == names
+
+
+@pytest.mark.parametrize("dtype", [object, "U3"])
+def test_repeated_ids_against_a_count(dtype):
+    generator = np.random.default_rng(8)
+    ids = generator.choice(["", "a", "b", "ab", "ba", "é", "aaa"], size=(300, 6)).astype(dtype)
+    distances = generator.integers(3, size=ids.shape).astype(np.float32)
+    repeated = _repeated(ids, distances)
+    for row, marks, far in zip(ids, repeated, distances, strict=True):
+        for name in set(row) - {""}:
+            (kept,) = np.flatnonzero((row == name) & ~marks)
+            assert far[kept] == far[row == name].min()
+        assert not marks[row == ""].any()
+
+
 def test_an_id_found_at_two_distances_stands_once_at_the_smaller():
     """As when an approximate index rounds otherwise than the exact one beside it."""
     queries = block(0, 1)
@@ -114,7 +158,7 @@ def test_an_id_found_at_two_distances_stands_once_at_the_smaller():
         np.array([[1, 2, 3]]),
         np.array([[0.1, 0.2, 0.3]], np.float32),
     )
-    far = dataclasses.replace(near, distances=near.distances + np.float32(0.15))
+    far = replace(near, distances=near.distances + np.float32(0.15))
     assert_equal(merge(near, far), near)
     assert_equal(merge(far, near), near)
 

@@ -444,5 +444,9 @@ class Estimate:
         )
 
     def visiting(self, queries: int) -> float:
-        """Queries on their way to the partitions they visit, as float32."""
-        return queries * self.probes * (4 * self.d + self.c.id_bytes)
+        """Queries on their way to the partitions they visit, as float32, and the answers back.
+
+        A neighbour is its id at four bytes a letter, a label and a distance.
+        """
+        answer = self.w.k * (4 * self.c.id_bytes + 12)
+        return queries * self.probes * (4 * self.d + self.c.id_bytes + answer)
