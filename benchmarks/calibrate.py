@@ -114,7 +114,8 @@ def measure_product() -> dict[str, float]:
     left @ right
     gflops = 2 * 2048**3 / seconds(lambda: left @ right, 5) / 1e9
     rows = Mixture(256).block(0, 80_000)[0]
-    searched = 2 * 512 * len(rows) * 256 / seconds(lambda: exact.top_k(rows[:512], rows, K)) / 1e9
+    elapsed = seconds(lambda: exact.top_k(rows[:512], rows, K, "numpy"))
+    searched = 2 * 512 * len(rows) * 256 / elapsed / 1e9
     return {"gflops": gflops, "exact_efficiency": min(1.0, searched / gflops)}
 
 

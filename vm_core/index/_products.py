@@ -83,10 +83,10 @@ def _bfloat16_blocks(
 
 
 def _bfloat16_tolerance(dimension: int) -> float:
-    # Each factor and the sum are rounded to 8 bits, off by 2**-9 of their size at the most;
+    # Each factor and the sum are rounded to 8 bits, off by 2**-8 of their size at the most;
     # the sum of the absolute products of unit vectors is at most 1 (Cauchy-Schwarz). 2 % more
     # is for products of these errors and for lengths that storage has rounded.
-    return 1.02 * 3 * 2.0**-9 + _float32_tolerance(dimension)
+    return 1.02 * 3 * 2.0**-8 + _float32_tolerance(dimension)
 
 
 BFLOAT16 = Precision("bfloat16", _bfloat16_blocks, _bfloat16_tolerance, lambda k: k + 28)

@@ -58,7 +58,7 @@ class Constants:
     search_s: float = 3e-5  # ScaNN, each query and partition
     search_s_per_dim: float = 1e-7
     search_s_per_row_dim: float = 3.3e-11  # for each row in the leaves searched
-    exact_efficiency: float = 0.7  # of exact search, against the plain matrix product
+    exact_efficiency: float = 0.7  # of exact search in float32, against the matrix product
     gather_s_per_neighbor: float = 2e-7  # look up, merge and write what a partition found
     score_s_per_neighbor: float = 2.5e-7  # leave-one-out: write, merge, add up what was found
     vote_s: float = 1.4e-5  # each query, four voters, every k up to 100
