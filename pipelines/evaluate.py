@@ -123,7 +123,8 @@ def define_pipeline(root: beam.Pipeline, plan: EvaluationPlan, files: Sequence[s
         ).with_resource_hints(**near_partitions)
     _ = (
         outcomes
-        | "Merge" >> beam.CombineGlobally(MergeOutcomes(plan))
+        # Every shard has an outcome: no default is needed, nor the stage that would add it.
+        | "Merge" >> beam.CombineGlobally(MergeOutcomes(plan)).without_defaults()
         | "Results" >> beam.Map(measured("results", partial(evaluation.write_results, plan)))
     )
 
