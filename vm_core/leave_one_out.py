@@ -8,7 +8,8 @@ a run that was stopped goes on, and workers share nothing but the memory's stora
 
 work/scores-FINGERPRINT/    removed at the end
   home-00000                neighbours of a partition's own items in that partition
-  visits-00000              which of them visit another partition, by that partition
+  visits-00000              those that visit another partition, by that partition; with
+                            their vectors, so that nobody reads a partition for a few rows
   found-00000               what visitors found in a partition, by where they came from
   names-*-00000             ids of near-duplicates
   sums-00000                what a partition's items say of others, by bundle of shards
@@ -34,7 +35,7 @@ import numpy as np
 import pyarrow as pa
 from pydantic import Field, model_validator
 
-from vm_core import batch_files, item_scores, measure, plugins
+from vm_core import batch_files, item_scores, measure, partitions, plugins
 from vm_core.batch_files import BatchFile, Columns
 from vm_core.item_scores import Lists, Sums
 from vm_core.memory import Memory
@@ -42,7 +43,7 @@ from vm_core.partitions import Members, Partition
 from vm_core.progress import report
 from vm_core.records import strings
 
-FORMAT = 1
+FORMAT = 2
 
 _QUERY_ROWS = 8192
 _SPARE = 32
@@ -198,8 +199,10 @@ def search_home(plan: LeaveOneOutPlan, number: int) -> list[int]:
         for start in range(0, len(positions), _QUERY_ROWS):
             chosen = positions[start : start + _QUERY_ROWS]
             queries = np.asarray(members.vectors[chosen], np.float32)
-            found = _search(plan, partition, members, chosen, queries)
-            _name_duplicates(plan, names, found, members, members, chosen)
+            found = _search(plan, partition, members.rows[chosen], members.labels[chosen], queries)
+            _name_duplicates(
+                plan, names, found, members, members.rows[chosen], _ids(members, chosen)
+            )
             out.write(
                 start // _QUERY_ROWS,
                 {
@@ -220,10 +223,21 @@ def search_home(plan: LeaveOneOutPlan, number: int) -> list[int]:
                     visits.setdefault(other, []).append(visit)
             report("search", len(chosen))
             measure.count("done_rows", len(chosen))
+    others = sorted(visits)
     with batch_files.writing(plan.work("visits", number)) as out:
-        for other, parts in sorted(visits.items()):
-            out.write(other, _concatenate(parts))
-    return sorted(visits)
+        for other in others:
+            visit = _concatenate(visits.pop(other))
+            for start in range(0, len(visit["place"]), _QUERY_ROWS):
+                some = {name: values[start : start + _QUERY_ROWS] for name, values in visit.items()}
+                position = some.pop("position")
+                some |= {
+                    "row": members.rows[position],
+                    "id": _ids(members, position),
+                    "label": members.labels[position],
+                    "vector": partitions.storable(members.vectors[position]),
+                }
+                out.write(other, some)
+    return others
 
 
 def search_visitors(plan: LeaveOneOutPlan, number: int, sources: Iterable[int]) -> int:
@@ -237,14 +251,14 @@ def search_visitors(plan: LeaveOneOutPlan, number: int, sources: Iterable[int]) 
         batch_files.writing(plan.work("names-found", number)) as names,
     ):
         for source in sorted(sources):
-            members = plan.memory.members(source)
-            for visits in _visits(plan, source, number):
-                queries = np.asarray(members.vectors[visits["position"]], np.float32)
-                found = _search(plan, partition, members, visits["position"], queries)
+            for visits in BatchFile(plan.work("visits", source)).read(number):
+                vectors = visits["vector"].view(partition.members.vectors.dtype)
+                queries = np.asarray(vectors, np.float32)
+                found = _search(plan, partition, visits["row"], visits["label"], queries)
                 # Farther ones cannot be among the nearest: those at home are as many.
                 beyond = found.distances > visits["bound"][:, None]
                 found = replace(found, rows=np.where(beyond, -1, found.rows))
-                _name_duplicates(plan, names, found, partition.members, members, visits["position"])
+                _name_duplicates(plan, names, found, partition.members, visits["row"], visits["id"])
                 query, column = np.nonzero(found.rows >= 0)
                 out.write(
                     source,
@@ -260,20 +274,19 @@ def search_visitors(plan: LeaveOneOutPlan, number: int, sources: Iterable[int]) 
     return number
 
 
-def _visits(plan: LeaveOneOutPlan, source: int, number: int) -> Iterator[Columns]:
-    for batch in BatchFile(plan.work("visits", source)).read(number):
-        for start in range(0, len(batch["place"]), _QUERY_ROWS):
-            yield {name: values[start : start + _QUERY_ROWS] for name, values in batch.items()}
+def _ids(members: Members, positions: np.ndarray) -> np.ndarray:
+    """Object array of str: the ids of some members."""
+    return strings(members.names.take(pa.array(positions)).to_pylist())
 
 
 def _search(
     plan: LeaveOneOutPlan,
     partition: Partition,
-    sources: Members,
-    positions: np.ndarray,
+    own_rows: np.ndarray,
+    own_labels: np.ndarray,
     queries: np.ndarray,
 ) -> Lists:
-    """The nearest items of a partition to some members of any, themselves left out."""
+    """The nearest items of a partition to (Q, D) items of any, themselves left out."""
     length = plan.config.listed
     # A partition breaks ties by id, these lists by row. Which of some equally distant items
     # come first must not depend on the partitions: so all of them are searched for.
@@ -282,8 +295,8 @@ def _search(
     found = places >= 0
     rows = np.where(found, partition.members.rows[places], -1)
     labels = partition.members.labels[places]
-    correct = found & (labels == sources.labels[positions][:, None])
-    own = rows == sources.rows[positions][:, None]
+    correct = found & (labels == own_labels[:, None])
+    own = rows == own_rows[:, None]
     return Lists(rows, distances, correct).without(own).first(length)
 
 
@@ -292,8 +305,8 @@ def _name_duplicates(
     names: batch_files.Writer,
     found: Lists,
     searched: Members,
-    sources: Members,
-    positions: np.ndarray,
+    query_rows: np.ndarray,
+    query_ids: np.ndarray,
 ) -> None:
     """Notes the ids of near-duplicates, both sides: one of them will name their group."""
     near = (found.rows >= 0) & (found.distances < plan.config.duplicate_distance)
@@ -302,15 +315,12 @@ def _name_duplicates(
     order = np.argsort(searched.rows)
     rows = np.unique(found.rows[near])
     places = order[np.searchsorted(searched.rows, rows, sorter=order)]
-    queries = positions[near.any(axis=1)]
+    queries = near.any(axis=1)
     names.write(
         0,
         {
-            "row": np.concatenate([rows, sources.rows[queries]]),
-            "id": strings(
-                searched.names.take(pa.array(places)).to_pylist()
-                + sources.names.take(pa.array(queries)).to_pylist()
-            ),
+            "row": np.concatenate([rows, query_rows[queries]]),
+            "id": np.concatenate([_ids(searched, places), query_ids[queries]]),
         },
     )
 

@@ -24,6 +24,7 @@ from vm_core.partitions import Members, Partition
 from vm_core.records import EmbeddingBlock, strings
 from vm_core.score_tables import read_scores
 from vm_core.search import Router
+from vm_core.shard_rows import DTYPES
 from vm_core.shards import write_shard
 
 SHARDS, DIMENSION = 3, 8
@@ -42,6 +43,7 @@ class SmallMemory:
     probes: int
     copies: float = 0.0
     removed: frozenset[str] = frozenset()
+    dtype: str = "float32"
     opened: list[int] = field(default_factory=list)
 
     def __post_init__(self):
@@ -70,7 +72,7 @@ class SmallMemory:
                 pa.array(self.block.ids[rows], pa.string()),
                 self.block.labels[rows],
                 home[rows],
-                self.block.vectors[rows],
+                self.block.vectors[rows].astype(DTYPES[self.dtype]),
             )
             partitions.write(self.path(folder), members)
             entries.append(SimpleNamespace(folder=folder, cell=cell, count=len(rows)))
@@ -308,6 +310,27 @@ def test_partitions_copies_and_blocks_leave_no_trace_in_the_bytes(tmp_path, monk
         outcomes.append((files(memory), results))
     assert len(outcomes[0][0]) == SHARDS
     assert outcomes[1:] == outcomes[:1] * 3
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_vectors_travel_as_they_are_stored(tmp_path, dtype):
+    block, outcomes = rows_of(60, copies=12), []
+    for cells in (1, 3):
+        memory = SmallMemory(str(tmp_path / str(cells)), block, cells, cells, dtype=dtype)
+        run(plan_for(memory))
+        outcomes.append(files(memory))
+    assert outcomes[0] == outcomes[1]
+
+
+def test_visitors_are_searched_without_the_partitions_they_come_from(tmp_path):
+    memory = SmallMemory(str(tmp_path), rows_of(60, copies=12), **COMPLETE)
+    plan = plan_for(memory)
+    for number in range(plan.partitions):
+        leave_one_out.search_home(plan, number)
+    for other in (1, 2):
+        storage.remove_directory(memory.path(f"partition-{other}"))
+    leave_one_out.search_visitors(plan, 0, [1, 2])
+    assert batch_files.BatchFile(plan.work("found", 0)).keys == [1, 2]
 
 
 def test_bundles_of_shards_leave_no_trace_in_the_bytes(tmp_path, monkeypatch):

@@ -417,8 +417,8 @@ class Estimate:
     def leave_one_out(self) -> Stage:
         """Every partition for its own rows, then for the rows of others that visit it.
 
-        N*P searches. What the visitors find is written, and read to be merged; their
-        vectors are read where they are.
+        N*P searches. What the visitors find is written, and read to be merged; so are
+        the vectors that they bring along.
         """
         partial = 0.0
         visitors = 0.0
@@ -438,7 +438,7 @@ class Estimate:
             memory_bytes=self.search_memory(),
             constants=(*self.index_constants, "score_s_per_neighbor", "neighbor_bytes"),
             read_bytes=index + visitors + partial,
-            written_bytes=partial,
+            written_bytes=visitors + partial,
             files_opened=20 * self.cells,
             shares_cores=True,
         )
