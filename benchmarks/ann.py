@@ -253,7 +253,7 @@ def work(peer: str, folder: Path, threads: int) -> dict[str, Any]:
 
 def as_rows(found: np.ndarray) -> np.ndarray:
     """(Q, K) rows of what a peer found; a memory's ids are "shard/row of the shard"."""
-    if found.dtype != object:
+    if found.dtype.kind in "iu":
         return found
     rows = [
         int(id[:5]) * ROWS_PER_BLOCK + int(id[6:]) if id else -1 for id in found.ravel().tolist()
