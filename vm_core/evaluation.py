@@ -320,15 +320,17 @@ def evaluate_shard(
             report("search", len(queries))
             measure.count("done_queries", len(queries))
             near = found.distances < plan.config.duplicate_distance
-            outcome.leaks += int((near & (found.ids != found.query_ids[:, None])).any(axis=1).sum())
+            outcome.leaks += int(near.any(axis=1).sum())
     write_table(plan.shard_file("leaks", shard), _leaks_table(plan, everything))
     return outcome
 
 
 def _leaks_table(plan: EvaluationPlan, found: Neighbors) -> pa.Table:
-    """Query and memory item of every pair that is nearly the same image."""
-    near = found.distances < plan.config.duplicate_distance
-    query, rank = np.nonzero(near & (found.ids != found.query_ids[:, None]))
+    """Query and memory item of every pair that is nearly the same image, or the same.
+
+    Leave-one-out has taken the query itself out of its neighbours.
+    """
+    query, rank = np.nonzero(found.distances < plan.config.duplicate_distance)
     return pa.table(
         [
             pa.array(found.query_ids[query], pa.string()),
