@@ -169,6 +169,7 @@ def run(
         beam_arguments, plan.memory.root, plan.output, *(source.path for source in queries)
     )
     storage.check_writable(plan.output)
+    results.remove_outdated(plan)
     known, files = 0, work
     if queries:
         known = sum(queries[i].expected(split) for i, split in work)

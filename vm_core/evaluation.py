@@ -137,6 +137,9 @@ class EvaluationPlan:
         return self.path(f"{kind}-{shard:05d}-of-{self.config.query_shards:05d}.parquet")
 
 
+TABLES = ("neighbors", "predictions", "quarantine", "leaks")
+
+
 class Gathered(NamedTuple):
     """A shard's queries, and what else was read."""
 

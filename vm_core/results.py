@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import glob
 import io
 import json
 import logging
@@ -11,7 +12,7 @@ from functools import cache
 from typing import Any
 
 from vm_core import storage
-from vm_core.evaluation import EvaluationPlan, Outcome
+from vm_core.evaluation import TABLES, EvaluationPlan, Outcome
 from vm_core.failures import check_failures
 from vm_core.gallery import KINDS
 from vm_core.report import render_evaluation
@@ -83,6 +84,22 @@ def write(plan: EvaluationPlan, outcome: Outcome) -> dict[str, Any]:
     storage.remove_directory(plan.embedding.checkpoints)
     _log.info("wrote the results of %d queries to %s", outcome.read, plan.output)
     return results
+
+
+def remove_outdated(plan: EvaluationPlan) -> None:
+    """Removes what an earlier, other evaluation left in the folder and this one would not replace.
+
+    Its metrics.json, which would stand for tables that are being replaced, and the tables of
+    another number of query shards.
+    """
+    storage.remove_file(plan.path("metrics.json"))
+    shards = range(plan.config.query_shards)
+    kept = {plan.shard_file(kind, shard) for kind in TABLES for shard in shards}
+    for kind in TABLES:
+        pattern = f"{glob.escape(plan.output)}/{kind}-*-of-*.parquet"
+        for file in storage.list_files(pattern):
+            if file.path not in kept:
+                storage.remove_file(file.path)
 
 
 def finished(plan: EvaluationPlan) -> dict[str, Any] | None:

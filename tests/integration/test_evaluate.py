@@ -281,6 +281,19 @@ def test_leave_one_out(memory, tmp_path):
     assert counts.wrong_at_max == Counter(found.ids[wrong])
 
 
+def test_nothing_of_an_earlier_evaluation_stays(memory, tmp_path, monkeypatch):
+    output = tmp_path / "[out]"  # no pattern
+    settings = {"leave_one_out": True, "k": 1}
+    for shards_of_queries in (3, 2):
+        run(memory, output, query_shards=shards_of_queries, **settings)
+    np.testing.assert_array_equal(neighbors_in(output).query_ids, rows_of(memory).ids)
+    assert len(list(output.glob("*-of-*.parquet"))) == 2 * 4
+    monkeypatch.setattr("pipelines.running.run", lambda *_: None)  # a run that was killed
+    with pytest.raises(VisualMemoryError, match="without results"):
+        run(memory, output, query_shards=2, leave_one_out=True, k=2)
+    assert not (output / "metrics.json").exists()
+
+
 def test_the_memory_s_own_shards_as_queries(memory, tmp_path):
     pattern = f"{memory.root}/builds/*/embeddings-*.tfrecord"
     _, results = run(memory, tmp_path, embeddings=pattern, tuning_share=0)
