@@ -19,7 +19,7 @@ from rich.console import Console
 from pipelines import commands, hints, running
 from pipelines.embedding import embed
 from pipelines.measuring import measured
-from vm_core import config, evaluation, sources, split_files, storage, summary
+from vm_core import config, evaluation, results, sources, split_files, storage, summary
 from vm_core.embedding import by_shard
 from vm_core.errors import VisualMemoryError
 from vm_core.evaluation import EvaluationConfig, EvaluationPlan, Outcome, Part
@@ -125,7 +125,7 @@ def define_pipeline(root: beam.Pipeline, plan: EvaluationPlan, files: Sequence[s
         outcomes
         # Every shard has an outcome: no default is needed, nor the stage that would add it.
         | "Merge" >> beam.CombineGlobally(MergeOutcomes(plan)).without_defaults()
-        | "Results" >> beam.Map(measured("results", partial(evaluation.write_results, plan)))
+        | "Results" >> beam.Map(measured("results", partial(results.write, plan)))
     )
 
 
@@ -162,14 +162,15 @@ def run(
 
     name: of the run, in what is told of it.
     """
-    results = evaluation.finished_results(plan)
-    if results is not None:
-        return results
+    metrics = results.finished(plan)
+    if metrics is not None:
+        return metrics
     queries = plan.config.queries
     running.check_reachable(
         beam_arguments, plan.memory.root, plan.output, *(source.path for source in queries)
     )
     storage.check_writable(plan.output)
+    results.remove_outdated(plan)
     known, files = 0, work
     if queries:
         known = sum(queries[i].expected(split) for i, split in work)
@@ -180,10 +181,10 @@ def run(
         {"encode": known or None, "search": known or None},
         name,
     )
-    results = evaluation.finished_results(plan)
-    if results is None:
+    metrics = results.finished(plan)
+    if metrics is None:
         raise VisualMemoryError(f"the pipeline ended without results in {plan.output}")
-    return results
+    return metrics
 
 
 def parser() -> argparse.ArgumentParser:
@@ -230,10 +231,10 @@ def command(arguments: Sequence[str]) -> None:
     }
     overrides = {key: value for key, value in given.items() if value not in (None, [])}
     configuration = config.load(EvaluationConfig, options.config, options.set, overrides)
-    plan, results = evaluate(configuration, beam_arguments)
+    plan, metrics = evaluate(configuration, beam_arguments)
     if options.export_neighbors:
         evaluation.export_neighbors(plan, options.export_neighbors)
-    Console().print(summary.of_evaluation(results, plan.output))
+    Console().print(summary.of_evaluation(metrics, plan.output))
 
 
 if __name__ == "__main__":

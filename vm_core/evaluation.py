@@ -1,19 +1,15 @@
 """The steps of an evaluation, as plain functions of a plan. Beam only strings them together.
 
 splits -> embed_split, by_shard -> gather_queries -> route -> search_part -> evaluate_shard
--> merge -> write_results
+-> merge_outcomes -> (vm_core.results)
 """
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
 import json
-import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,8 +22,8 @@ from vm_core.classes import ClassTable
 from vm_core.embedding import EmbedPlan, ImageSettings, gather
 from vm_core.encoders import Encoder
 from vm_core.errors import VisualMemoryError
-from vm_core.failures import check_failures, count_reasons, quarantine_table
-from vm_core.gallery import KINDS, Gallery
+from vm_core.failures import count_reasons, quarantine_table
+from vm_core.gallery import Gallery
 from vm_core.memory import Memory
 from vm_core.metrics import EvaluationMetrics
 from vm_core.neighbors import NEIGHBORS_SCHEMA, Neighbors, from_arrow, to_arrow, write_json
@@ -36,7 +32,6 @@ from vm_core.predictions import PREDICTIONS_SCHEMA, predictions_table
 from vm_core.progress import report
 from vm_core.pruning import with_self
 from vm_core.records import UNKNOWN, Embedded, EmbeddingBlock, Rejected, unit_interval
-from vm_core.report import render_evaluation
 from vm_core.search import assemble, search_partition
 from vm_core.shards import read_blocks
 from vm_core.sources import Source
@@ -45,8 +40,6 @@ from vm_core.voting import VOTERS, VoteParameters
 
 _QUERY_ROWS = 1024
 _ROUTED_ROWS = 16_384
-
-_log = logging.getLogger(__name__)
 
 LEAKS_SCHEMA = pa.schema(
     [
@@ -142,6 +135,9 @@ class EvaluationPlan:
 
     def shard_file(self, kind: str, shard: int) -> str:
         return self.path(f"{kind}-{shard:05d}-of-{self.config.query_shards:05d}.parquet")
+
+
+TABLES = ("neighbors", "predictions", "quarantine", "leaks")
 
 
 class Gathered(NamedTuple):
@@ -327,15 +323,17 @@ def evaluate_shard(
             report("search", len(queries))
             measure.count("done_queries", len(queries))
             near = found.distances < plan.config.duplicate_distance
-            outcome.leaks += int((near & (found.ids != found.query_ids[:, None])).any(axis=1).sum())
+            outcome.leaks += int(near.any(axis=1).sum())
     write_table(plan.shard_file("leaks", shard), _leaks_table(plan, everything))
     return outcome
 
 
 def _leaks_table(plan: EvaluationPlan, found: Neighbors) -> pa.Table:
-    """Query and memory item of every pair that is nearly the same image."""
-    near = found.distances < plan.config.duplicate_distance
-    query, rank = np.nonzero(near & (found.ids != found.query_ids[:, None]))
+    """Query and memory item of every pair that is nearly the same image, or the same.
+
+    Leave-one-out has taken the query itself out of its neighbours.
+    """
+    query, rank = np.nonzero(found.distances < plan.config.duplicate_distance)
     return pa.table(
         [
             pa.array(found.query_ids[query], pa.string()),
@@ -358,81 +356,6 @@ def merge_outcomes(plan: EvaluationPlan, outcomes: Iterable[Outcome]) -> Outcome
     for outcome in outcomes:
         total.merge(outcome)
     return total
-
-
-def summarise(plan: EvaluationPlan, outcome: Outcome) -> dict[str, Any]:
-    """What metrics.json holds. Raises VisualMemoryError if too many queries failed."""
-    check_failures(
-        outcome.read,
-        outcome.quarantined,
-        outcome.reasons,
-        plan.config.max_failure_share,
-        plan.path("quarantine-*.parquet"),
-    )
-    test, tuning = outcome.test.result(), outcome.tuning.result()
-    manifest = plan.memory.manifest
-    chosen = {
-        voter: {"k": k, "accuracy": test["accuracy_at_k"][voter][k - 1]}
-        for voter, k in tuning["best_k"].items()
-    }
-    return {
-        "fingerprint": plan.fingerprint,
-        "memory": {
-            "path": plan.memory.root,
-            "version": manifest.version,
-            "content_digest": manifest.content_digest,
-            "rows": manifest.total("embedded"),
-            "classes": len(manifest.class_counts()),
-            "encoder": manifest.encoder.path,
-            "encoder_fingerprint": manifest.encoder_fingerprint,
-            "index": [partition.index.kind for partition in manifest.partitions],
-        },
-        "queries": {
-            "read": outcome.read,
-            "embedded": outcome.read - outcome.quarantined - outcome.duplicates,
-            "quarantined": outcome.quarantined,
-            "duplicates": outcome.duplicates,
-            "leaks": outcome.leaks,
-            "tuning": tuning["queries"],
-            "test": test["queries"],
-        },
-        "leave_one_out": plan.config.leave_one_out,
-        "k": plan.config.k,
-        "fixed_k": [k for k in plan.config.fixed_k if k <= plan.config.k],
-        # k is chosen on queries that are not among those it is reported on.
-        "chosen_k": chosen if tuning["queries"] else None,
-        "test": test,
-        "tuning": tuning if tuning["queries"] else None,
-    }
-
-
-def write_results(plan: EvaluationPlan, outcome: Outcome) -> dict[str, Any]:
-    """Writes metrics.json, accuracy.csv, per_class.csv and report.html; returns the metrics."""
-    results = summarise(plan, outcome)
-    storage.write_bytes(plan.path("accuracy.csv"), _accuracy_csv(results).encode())
-    storage.write_bytes(plan.path("per_class.csv"), _per_class_csv(plan, outcome).encode())
-    examples = {kind: outcome.gallery.examples(kind) for kind in KINDS}
-    shown = {id for kind in KINDS for example in examples[kind] for id in example.neighbor_ids}
-    thumbnails = plan.memory.thumbnails(shown)
-    if plan.config.leave_one_out or plan.config.embeddings:
-        queries = [example.query_id for kind in KINDS for example in examples[kind]]
-        thumbnails.update(plan.memory.thumbnails(queries))
-    page = render_evaluation(results, examples, plan.memory.classes, thumbnails)
-    storage.write_bytes(plan.path("report.html"), page.encode())
-    # Last, since it says that the results are complete.
-    storage.write_bytes(plan.path("metrics.json"), json.dumps(results, indent=1).encode())
-    storage.remove_directory(plan.embedding.checkpoints)
-    _log.info("wrote the results of %d queries to %s", outcome.read, plan.output)
-    return results
-
-
-def finished_results(plan: EvaluationPlan) -> dict[str, Any] | None:
-    """The results of an earlier run of the same evaluation, None if there are none."""
-    data = storage.read_if_exists(plan.path("metrics.json"))
-    if data is None:
-        return None
-    results = json.loads(data)
-    return results if results.get("fingerprint") == plan.fingerprint else None
 
 
 def export_neighbors(plan: EvaluationPlan, path: str) -> None:
@@ -464,37 +387,3 @@ def _empty_outcome(plan: EvaluationPlan) -> Outcome:
         )
 
     return Outcome(metrics(), metrics(), Gallery(*headline, config.vote_parameters))
-
-
-def _accuracy_csv(results: dict[str, Any]) -> str:
-    rows: list[Sequence[Any]] = [("queries", "voter", "k", "accuracy")]
-    for queries in ("tuning", "test"):
-        if results[queries]:
-            for voter, accuracies in results[queries]["accuracy_at_k"].items():
-                rows += [(queries, voter, k, value) for k, value in enumerate(accuracies, 1)]
-    return _csv(rows)
-
-
-def _per_class_csv(plan: EvaluationPlan, outcome: Outcome) -> str:
-    """Accuracy of every class at every k, on the test queries."""
-    metrics, classes = outcome.test, plan.memory.classes
-    per_class = metrics.result()["per_class"]
-    text = [_csv([("label", "class", "queries", "voter", "k", "accuracy")])]
-    digits = cache(repr)  # few shares are different, and writing one takes longest
-    for voter in metrics.voters:
-        accuracy = metrics.class_accuracy_at_k(voter)
-        for column, label in enumerate(metrics.classes.tolist()):
-            if str(label) in per_class:
-                queries = per_class[str(label)]["queries"]
-                head = _csv([(label, classes.name(label), queries, voter)]).removesuffix("\n")
-                text += [
-                    f"{head},{k},{digits(value)}\n"
-                    for k, value in enumerate(accuracy[:, column].tolist(), 1)
-                ]
-    return "".join(text)
-
-
-def _csv(rows: Iterable[Sequence[Any]]) -> str:
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(rows)
-    return text.getvalue()

@@ -382,6 +382,13 @@ def local_copy(path: str) -> Iterator[str]:
         yield target
 
 
+def remove_file(path: str) -> None:
+    """Removes a file; one that is not there is no error."""
+    filesystem, name = _filesystem(path)
+    with contextlib.suppress(FileNotFoundError):
+        filesystem.rm_file(name)
+
+
 def remove_directory(path: str) -> None:
     """Removes a folder and all in it; a folder that is not there is no error."""
     filesystem, name = _filesystem(path)

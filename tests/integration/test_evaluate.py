@@ -281,6 +281,19 @@ def test_leave_one_out(memory, tmp_path):
     assert counts.wrong_at_max == Counter(found.ids[wrong])
 
 
+def test_nothing_of_an_earlier_evaluation_stays(memory, tmp_path, monkeypatch):
+    output = tmp_path / "[out]"  # no pattern
+    settings = {"leave_one_out": True, "k": 1}
+    for shards_of_queries in (3, 2):
+        run(memory, output, query_shards=shards_of_queries, **settings)
+    np.testing.assert_array_equal(neighbors_in(output).query_ids, rows_of(memory).ids)
+    assert len(list(output.glob("*-of-*.parquet"))) == 2 * 4
+    monkeypatch.setattr("pipelines.running.run", lambda *_: None)  # a run that was killed
+    with pytest.raises(VisualMemoryError, match="without results"):
+        run(memory, output, query_shards=2, leave_one_out=True, k=2)
+    assert not (output / "metrics.json").exists()
+
+
 def test_the_memory_s_own_shards_as_queries(memory, tmp_path):
     pattern = f"{memory.root}/builds/*/embeddings-*.tfrecord"
     _, results = run(memory, tmp_path, embeddings=pattern, tuning_share=0)
@@ -469,7 +482,14 @@ def test_queries_that_the_memory_holds_are_reported_as_leaks(memory, tmp_path):
     pattern = f"{memory.root}/builds/*/embeddings-*.tfrecord"
     config = EvaluationConfig(memory=memory.root, embeddings=pattern, output=str(tmp_path), k=1)
     _, results = evaluate(config)
-    assert results["queries"]["leaks"] == 0  # an item is no leak of itself
+    assert results["queries"]["leaks"] == 32  # they stand in the memory under their own ids
+    leaks = table(f"{tmp_path}/leaks-*.parquet").to_pylist()
+    assert {(leak["query_id"], leak["item_id"]) for leak in leaks} == {
+        (id, id) for id in rows_of(memory).ids
+    }
+    run(memory, tmp_path / "loo", leave_one_out=True, k=1)
+    leaks = table(f"{tmp_path}/loo/leaks-*.parquet").to_pylist()
+    assert all(leak["query_id"] != leak["item_id"] for leak in leaks)
     copy = tmp_path / "copy"
     block = rows_of(memory)
     renamed = dataclasses.replace(block, ids=np.array([f"x{id}" for id in block.ids], object))
