@@ -21,6 +21,7 @@ from vm_core import encoders, index, indexing, measure, memory, plugins, recall,
 from vm_core.classes import ClassTable
 from vm_core.embedding import EmbedPlan, ImageSettings, gather
 from vm_core.encoders import Encoder
+from vm_core.errors import VisualMemoryError
 from vm_core.failures import check_failures, count_reasons, quarantine_table
 from vm_core.index import Index
 from vm_core.indexing import IndexPlan, PartitionEntry, ShardRows
@@ -322,6 +323,12 @@ def _recall(
 ) -> tuple[int, Recall | None]:
     """How many cells a query visits, and what it then finds."""
     if hits is None:
+        if indexing.needs_recall(index_plan):
+            raise VisualMemoryError(
+                f"the index {plan.path(index_plan.folder)} may miss something, and no results of "
+                "its held-out queries have arrived: its recall is unknown. Start the same command "
+                "again, perhaps with another runner"
+            )
         return 1, None
     settings, cells = plan.config.partitioning, index_plan.cells
     probes = min(settings.probes, cells) or recall.fewest_probes(hits, cells, settings.coverage)
