@@ -161,7 +161,10 @@ def _marker(plan: BuildPlan, shard: int) -> str:
 
 
 def is_published(plan: BuildPlan) -> bool:
-    """Whether the current version of the memory is the result of this very plan, and all there."""
+    """Whether the current version of the memory is the result of this very plan, and all there.
+
+    Raises VisualMemoryError if it is, and finds less than the plan's ``minimum_recall``.
+    """
     if memory.current_version(plan.root) is None:
         return False
     manifest = memory.Memory(plan.root).manifest
@@ -171,15 +174,18 @@ def is_published(plan: BuildPlan) -> bool:
     if len(finished) != plan.config.shards:
         return False
     folder = f"{plan_index(plan, list(finished.values())).folder}/"
-    return (
-        plan.config.partitioning.probes in (0, manifest.probes)
-        and plan.config.partitioning.coverage == manifest.config["partitioning"]["coverage"]
+    same = (
+        # As they were asked for: what they came to is not known before the index is there.
+        manifest.config["partitioning"] == plan.config.partitioning.model_dump(mode="json")
         and all(
             partition.folder.startswith(folder)
             and storage.is_file(plan.path(f"{partition.folder}/partition.json"))
             for partition in manifest.partitions
         )
     )
+    if same and manifest.recall is not None:
+        recall.check(manifest.recall, plan.config.minimum_recall)
+    return same
 
 
 def write_shard_files(plan: BuildPlan, shard: int, parts: Iterable[Embedded]) -> ShardEntry:
