@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import shlex
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -314,11 +315,35 @@ def publish(
         recall=measured,
         config=plan.config.model_dump(mode="json"),
     )
-    published = memory.publish(plan.root, manifest)
+    published = memory.publish(plan.root, _with_weights(plan.root, manifest))
     storage.remove_directory(plan.path(f"work/{plan.fingerprint}"))
     storage.remove_directory(plan.path(index_plan.work))
     storage.remove_leftovers(plan.path(plan.folder))
     return published
+
+
+def _with_weights(root: str, manifest: Manifest) -> Manifest:
+    """The manifest with the current version's weights, if they are of the same partitions."""
+    if memory.current_version(root) is None:
+        return manifest
+    current = memory.Memory(root).manifest
+    if current.weights is None:
+        return manifest
+    folders = [[entry.folder for entry in each.partitions] for each in (current, manifest)]
+    if current.weights.base_digest == manifest.content_digest and folders[0] == folders[1]:
+        update = {"weights": current.weights, "content_digest": current.content_digest}
+        return manifest.model_copy(update=update)
+    how = dict(current.weights.settings)
+    if "scores" in how:
+        how["score_column"] = how.pop("by", "score")
+    options = [f"--set {shlex.quote(f'{name}={value}')}" for name, value in how.items()]
+    _log.warning(
+        "version %s of %s is pruned (%d items removed, %d weighted); the new version has other "
+        "partitions and is not. Prune it as well: visual-memory prune --memory %s %s",
+        *(current.version, root, current.weights.removed, current.weights.weighted),
+        *(shlex.quote(root), " ".join(options)),
+    )
+    return manifest
 
 
 def _recall(

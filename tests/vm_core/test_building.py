@@ -1,15 +1,18 @@
-"""When a build is published already, when it is a version of its own."""
+"""When a build is published already, when it is a version of its own, and what it keeps."""
 
+import shlex
 from functools import reduce
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
-from vm_core import building, encoders, indexing, recall
+from vm_core import building, config, encoders, indexing, pruning, recall, weights
 from vm_core.building import BuildConfig, BuildPlan
 from vm_core.classes import ClassTable
 from vm_core.errors import VisualMemoryError
-from vm_core.memory import Manifest
+from vm_core.memory import Manifest, Memory
+from vm_core.pruning import PruneConfig
 from vm_core.records import Embedded, EmbeddingBlock, strings
 
 ROWS, SHARDS = 600, 2
@@ -96,3 +99,45 @@ def test_a_published_index_must_find_what_is_asked_now(tmp_path):
     more = plan_of(tmp_path, probes=99, minimum_recall=0.97)
     assert not building.is_published(more)
     assert build(more).recall.at[10] >= 0.97 and building.is_published(more)
+
+
+def test_weights_stay_with_their_partitions(tmp_path):
+    build(plan_of(tmp_path, probes=1))
+    memory = Memory(str(tmp_path))
+    removed = memory.members(0).ids[:20].tolist()
+    table = pa.table({"id": removed, "weight": np.zeros(20, np.float32)}, weights.WEIGHTS_SCHEMA)
+    pruned = pruning.publish(memory, table, {"method": "hard"})
+    assert building.is_published(plan_of(tmp_path, probes=1))
+    manifest = build(plan_of(tmp_path, probes=3))
+    assert (manifest.version, manifest.probes) == ("000003", 3)
+    assert manifest.weights == pruned.weights and manifest.content_digest == pruned.content_digest
+    assert Memory(str(tmp_path)).open_partition(0).weights.sum() == len(memory.members(0)) - len(
+        removed
+    )
+    assert build(plan_of(tmp_path, probes=3)).version == "000003"
+    undone = pruning.undo(Memory(str(tmp_path)))
+    assert undone.weights is None and undone.probes == 3
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"method": "hard", "share": 0.25, "by": "wrong_at_10"},
+        {"method": "hard", "threshold": 2.5, "scores": "my scores.csv", "lowest": True},
+        {"method": "soft", "gamma_scale": 1.5},
+    ],
+)
+def test_a_build_that_drops_the_pruning_says_so_and_how_to_repeat_it(tmp_path, caplog, settings):
+    build(plan_of(tmp_path, probes=1))
+    memory = Memory(str(tmp_path))
+    table = pa.table({"id": ["0/0000"], "weight": np.zeros(1, np.float32)}, weights.WEIGHTS_SCHEMA)
+    pruning.publish(memory, table, PruneConfig(memory=memory.root, **settings).recipe)
+    assert not caplog.text
+    assert build(plan_of(tmp_path, probes=1, recall_queries=90)).weights is None
+    text = caplog.messages[0]
+    assert "version 000002 of" in text and "is pruned (1 items removed, 0 weighted)" in text
+    command = shlex.split(text.partition("Prune it as well: ")[2])
+    assert command[:4] == ["visual-memory", "prune", "--memory", str(tmp_path)]
+    assert command[4::2] == ["--set"] * len(command[5::2])
+    again = config.load(PruneConfig, None, command[5::2], {"memory": memory.root})
+    assert again.recipe == PruneConfig(memory=memory.root, **settings).recipe
