@@ -105,7 +105,9 @@ def _search_held_out(
 
 
 def _merge_hits(some: Iterable[Hits | None]) -> Hits | None:
+    """Of none, None; a runner merges such results of empty bundles with others, in any order."""
     merged = None
     for hits in some:
-        merged = hits if merged is None or hits is None else recall.merge(merged, hits)
+        if hits is not None:
+            merged = hits if merged is None else recall.merge(merged, hits)
     return merged

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import shlex
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from vm_core import encoders, index, indexing, measure, memory, plugins, recall,
 from vm_core.classes import ClassTable
 from vm_core.embedding import EmbedPlan, ImageSettings, gather
 from vm_core.encoders import Encoder
+from vm_core.errors import VisualMemoryError
 from vm_core.failures import check_failures, count_reasons, quarantine_table
 from vm_core.index import Index
 from vm_core.indexing import IndexPlan, PartitionEntry, ShardRows
@@ -160,7 +162,10 @@ def _marker(plan: BuildPlan, shard: int) -> str:
 
 
 def is_published(plan: BuildPlan) -> bool:
-    """Whether the current version of the memory is the result of this very plan, and all there."""
+    """Whether the current version of the memory is the result of this very plan, and all there.
+
+    Raises VisualMemoryError if it is, and finds less than the plan's ``minimum_recall``.
+    """
     if memory.current_version(plan.root) is None:
         return False
     manifest = memory.Memory(plan.root).manifest
@@ -170,15 +175,18 @@ def is_published(plan: BuildPlan) -> bool:
     if len(finished) != plan.config.shards:
         return False
     folder = f"{plan_index(plan, list(finished.values())).folder}/"
-    return (
-        plan.config.partitioning.probes in (0, manifest.probes)
-        and plan.config.partitioning.coverage == manifest.config["partitioning"]["coverage"]
+    same = (
+        # As they were asked for: what they came to is not known before the index is there.
+        manifest.config["partitioning"] == plan.config.partitioning.model_dump(mode="json")
         and all(
             partition.folder.startswith(folder)
             and storage.is_file(plan.path(f"{partition.folder}/partition.json"))
             for partition in manifest.partitions
         )
     )
+    if same and manifest.recall is not None:
+        recall.check(manifest.recall, plan.config.minimum_recall)
+    return same
 
 
 def write_shard_files(plan: BuildPlan, shard: int, parts: Iterable[Embedded]) -> ShardEntry:
@@ -307,11 +315,35 @@ def publish(
         recall=measured,
         config=plan.config.model_dump(mode="json"),
     )
-    published = memory.publish(plan.root, manifest)
+    published = memory.publish(plan.root, _with_weights(plan.root, manifest))
     storage.remove_directory(plan.path(f"work/{plan.fingerprint}"))
     storage.remove_directory(plan.path(index_plan.work))
     storage.remove_leftovers(plan.path(plan.folder))
     return published
+
+
+def _with_weights(root: str, manifest: Manifest) -> Manifest:
+    """The manifest with the current version's weights, if they are of the same partitions."""
+    if memory.current_version(root) is None:
+        return manifest
+    current = memory.Memory(root).manifest
+    if current.weights is None:
+        return manifest
+    folders = [[entry.folder for entry in each.partitions] for each in (current, manifest)]
+    if current.weights.base_digest == manifest.content_digest and folders[0] == folders[1]:
+        update = {"weights": current.weights, "content_digest": current.content_digest}
+        return manifest.model_copy(update=update)
+    how = dict(current.weights.settings)
+    if "scores" in how:
+        how["score_column"] = how.pop("by", "score")
+    options = [f"--set {shlex.quote(f'{name}={value}')}" for name, value in how.items()]
+    _log.warning(
+        "version %s of %s is pruned (%d items removed, %d weighted); the new version has other "
+        "partitions and is not. Prune it as well: visual-memory prune --memory %s %s",
+        *(current.version, root, current.weights.removed, current.weights.weighted),
+        *(shlex.quote(root), " ".join(options)),
+    )
+    return manifest
 
 
 def _recall(
@@ -322,6 +354,12 @@ def _recall(
 ) -> tuple[int, Recall | None]:
     """How many cells a query visits, and what it then finds."""
     if hits is None:
+        if indexing.needs_recall(index_plan):
+            raise VisualMemoryError(
+                f"the index {plan.path(index_plan.folder)} may miss something, and no results of "
+                "its held-out queries have arrived: its recall is unknown. Start the same command "
+                "again, perhaps with another runner"
+            )
         return 1, None
     settings, cells = plan.config.partitioning, index_plan.cells
     probes = min(settings.probes, cells) or recall.fewest_probes(hits, cells, settings.coverage)

@@ -17,6 +17,7 @@ import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -80,7 +81,10 @@ class Task(NamedTuple):
 
 @dataclass(frozen=True)
 class IndexPlan:
-    """What is to be indexed, and how. Paths are below ``root``."""
+    """What is to be indexed, and how. Paths are below ``root``.
+
+    What takes a look at every shard is computed once: there may be tens of thousands.
+    """
 
     root: str
     build_folder: str
@@ -91,7 +95,7 @@ class IndexPlan:
     partitioning: Partitioning
     recall_queries: int
 
-    @property
+    @cached_property
     def rows(self) -> int:
         return sum(shard.rows for shard in self.shards)
 
@@ -99,7 +103,7 @@ class IndexPlan:
     def cells(self) -> int:
         return self.partitioning.cells(self.rows)
 
-    @property
+    @cached_property
     def recipe(self) -> str:
         """A fingerprint of everything the index is made from."""
         settings = self.partitioning.model_dump(mode="json", exclude={"probes", "coverage"})
@@ -125,7 +129,11 @@ class IndexPlan:
 
     def first_row(self, shard: int) -> int:
         """The number of a shard's first row in the memory."""
-        return sum(each.rows for each in self.shards[:shard])
+        return int(self._first_rows[shard])
+
+    @cached_property
+    def _first_rows(self) -> np.ndarray:
+        return np.cumsum([0, *(shard.rows for shard in self.shards)])
 
     @property
     def first_shards(self) -> np.ndarray:

@@ -253,8 +253,8 @@ def current_version(root: str) -> str | None:
 def publish(root: str, manifest: Manifest, base: str | None = None) -> Manifest:
     """Writes the manifest as the next version and swaps the pointer to it.
 
-    Where the current version has the same content, nothing is written and that version
-    is returned: a repeated attempt publishes once. Every publisher's version has a number
+    Where the current version is the same, nothing is written and that version is returned:
+    a repeated attempt publishes once. Every publisher's version has a number
     of its own, and the pointer only goes up: of two at the same time both are kept, and the
     higher one is current in the end.
 
@@ -267,8 +267,7 @@ def publish(root: str, manifest: Manifest, base: str | None = None) -> Manifest:
         current = None if pointer is None else _name(pointer)
         if current is not None:
             published = Memory(root, current).manifest
-            digests = [(each.content_digest, each.build) for each in (published, manifest)]
-            if digests[0] == digests[1]:
+            if _identity(published) == _identity(manifest):
                 return published
         if base is not None and current != base:
             raise VisualMemoryError(
@@ -286,6 +285,13 @@ def publish(root: str, manifest: Manifest, base: str | None = None) -> Manifest:
         if storage.swap(storage.join(root, _POINTER), pointer, f"{claimed.version}\n".encode()):
             _log.info("published version %s of %s", claimed.version, root)
             return claimed
+
+
+def _identity(manifest: Manifest) -> list[Any]:
+    """What makes another version: content, how it is searched, and which files hold it."""
+    folders = [entry.folder for entry in manifest.partitions]
+    search = [manifest.probes, manifest.config.get("partitioning")]
+    return [manifest.content_digest, manifest.build, search, folders]
 
 
 def _claim(root: str, manifest: Manifest) -> Manifest:

@@ -313,7 +313,7 @@ class PruneConfig(plugins.Settings):
         """What the manifest keeps of this."""
         recipe: dict[str, Any] = {"method": self.method, "by": self.column}
         if self.scores:
-            recipe |= {"scores": self.scores}
+            recipe |= {"scores": self.scores} | ({"lowest": True} if self.lowest else {})
         if self.method == "soft":
             return recipe | {"gamma_scale": self.gamma_scale}
         if self.share is not None:

@@ -341,6 +341,8 @@ def test_an_index_that_finds_too_little_is_not_published(memory, tmp_path, monke
     plan = dataclasses.replace(plan, config=config)
     index_plan = building.plan_index(plan, memory.manifest.shards)
     assert indexing.needs_recall(index_plan)
+    with pytest.raises(VisualMemoryError, match=r"no results of its .* recall is unknown"):
+        building.publish(plan, memory.manifest.shards, memory.manifest.partitions, None)
     labels = np.zeros(4, np.int64)
     monkeypatch.setattr(
         indexing, "read_held_out", lambda *_: HeldOut(vectors=labels, labels=labels)

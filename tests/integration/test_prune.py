@@ -187,7 +187,8 @@ def test_scores_of_a_file(own, tmp_path):
     entry = Memory(own.root).manifest.weights
     recorded = pa.concat_tables([pq.read_table(own.path(name)) for name in entry.files])
     assert recorded["id"].to_pylist() == ids[:8].tolist() and result.before is None
-    assert entry.settings == {"method": "hard", "by": "quality", "scores": path, "share": 0.25}
+    expected = {"method": "hard", "by": "quality", "scores": path, "lowest": True, "share": 0.25}
+    assert entry.settings == expected
     write_table(path, pa.table({"id": ["nobody", ids[0]], "quality": [0.5, 0.7]}))
     with pytest.raises(VisualMemoryError, match="1 of 2 ids are not in .*'nobody'"):
         pruned_by(own, **settings, share=0.25)

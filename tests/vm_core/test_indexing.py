@@ -1,6 +1,8 @@
 """An index over shards, stage by stage, on local storage and on another."""
 
+import hashlib
 import os
+import pickle
 
 import fsspec
 import numpy as np
@@ -164,3 +166,20 @@ def test_held_out_queries_are_found_where_all_cells_are_visited(tmp_path):
     assert summary.by_probes[1] < summary.by_probes[2] < 1
     expected, _ = top_k(queries.vectors, block(7).vectors, 100)
     np.testing.assert_array_equal(hits.rows, expected)
+
+
+def test_a_plan_looks_at_its_shards_once(monkeypatch):
+    generator = np.random.default_rng(0)
+    rows = generator.integers(0, 99, 200).tolist()
+    shards = tuple(ShardRows(f"shard-{n}", count, f"{n:064x}") for n, count in enumerate(rows))
+    exact = index.parse({"kind": "exact"})
+    plan = IndexPlan("/m", "build", shards, {0: 1}, "float32", exact, Partitioning(), 50)
+    hashed = []
+    sha256 = hashlib.sha256
+    monkeypatch.setattr(hashlib, "sha256", lambda data: hashed.append(data) or sha256(data))
+    assert len({plan.assigned(bundle) for bundle in range(plan.bundles)}) == plan.bundles
+    assert len(hashed) == 1
+    arrived = pickle.loads(pickle.dumps(plan))
+    assert arrived == plan and arrived.recipe == plan.recipe
+    for each in (plan, arrived):
+        assert [each.first_row(n) for n in range(201)] == [sum(rows[:n]) for n in range(201)]

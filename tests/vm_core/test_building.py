@@ -1,0 +1,143 @@
+"""When a build is published already, when it is a version of its own, and what it keeps."""
+
+import shlex
+from functools import reduce
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from vm_core import building, config, encoders, indexing, pruning, recall, weights
+from vm_core.building import BuildConfig, BuildPlan
+from vm_core.classes import ClassTable
+from vm_core.errors import VisualMemoryError
+from vm_core.memory import Manifest, Memory
+from vm_core.pruning import PruneConfig
+from vm_core.records import Embedded, EmbeddingBlock, strings
+
+ROWS, SHARDS = 600, 2
+
+
+def plan_of(root, probes=0, minimum_recall=0.05, partitioning=None, **settings) -> BuildPlan:
+    """A build whose shards are made up; its sources and its encoder are never read."""
+    config = BuildConfig.model_validate(
+        {
+            "memory": str(root),
+            "sources": [{"kind": "folder", "path": "none"}],
+            "encoder": {"kind": "saved_model", "path": "none"},
+            "shards": SHARDS,
+            "images": {"thumbnail_pixels": 0},
+            "index": {"kind": "exact"},
+            "partitioning": {"rows": 80, "probes": probes, **(partitioning or {})},
+            "minimum_recall": minimum_recall,
+            "recall_queries": 100,
+            **settings,
+        }
+    )
+    return BuildPlan(str(root), config, "print", ClassTable(), "made-up")
+
+
+def build(plan: BuildPlan) -> Manifest:
+    """The stages of a build, one after the other."""
+    finished = building.finished_shards(plan)
+    entries = [finished.get(shard) or write_shard(plan, shard) for shard in range(SHARDS)]
+    index_plan = building.plan_index(plan, entries)
+    samples = [(shard, indexing.sample_shard(index_plan, shard)) for shard in range(SHARDS)]
+    indexing.train(index_plan, samples)
+    counts = [indexing.assign_shards(index_plan, n) for n in range(index_plan.bundles)]
+    tasks = indexing.plan_partitions(index_plan, counts)
+    built = [indexing.build_partition(index_plan, task) for task in tasks]
+    queries, cells = indexing.read_held_out(index_plan, built), [entry.cell for entry in built]
+    hits = [indexing.search_held_out(index_plan, queries, cells, entry) for entry in built]
+    return building.publish(plan, entries, built, reduce(recall.merge, hits))
+
+
+def write_shard(plan: BuildPlan, shard: int):
+    generator = np.random.default_rng(shard)
+    count = ROWS // SHARDS
+    vectors = generator.normal(size=(count, 8)).astype(np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    ids = strings([f"{shard}/{n:04d}" for n in range(count)])
+    block = EmbeddingBlock(ids, generator.integers(3, size=count), strings(["x"] * count), vectors)
+    return building.write_shard_files(plan, shard, [Embedded(block)])
+
+
+@pytest.fixture(autouse=True)
+def no_encoder(monkeypatch):
+    """Manifests are read without looking for the model."""
+    monkeypatch.setattr(encoders.Encoder, "fingerprint", lambda _: "print")
+
+
+def test_other_settings_of_a_search_are_another_version(tmp_path):
+    one = plan_of(tmp_path, probes=1)
+    first = build(one)
+    assert (first.version, first.probes) == ("000001", 1) and building.is_published(one)
+    asked = [
+        (plan_of(tmp_path, probes=4), 4),
+        (plan_of(tmp_path, probes=99), len({entry.cell for entry in first.partitions})),
+        (plan_of(tmp_path, partitioning={"coverage": 0.5}), None),
+        (plan_of(tmp_path, partitioning={"coverage": 1.0}), None),
+        (plan_of(tmp_path, probes=1), 1),
+    ]
+    for number, (plan, probes) in enumerate(asked, start=2):
+        assert not building.is_published(plan)
+        manifest = build(plan)
+        assert manifest.version == f"{number:06d}"
+        assert manifest.probes == (probes or manifest.probes)
+        assert manifest.content_digest == first.content_digest
+        assert manifest.partitions == first.partitions  # nothing is built again
+        assert building.is_published(plan)
+        assert build(plan).version == manifest.version  # a repeated attempt
+
+
+def test_a_published_index_must_find_what_is_asked_now(tmp_path):
+    build(plan_of(tmp_path, probes=1))
+    strict = plan_of(tmp_path, probes=1, minimum_recall=0.97)
+    with pytest.raises(VisualMemoryError, match=r"recall@10 is 0\.\d+ .* minimum_recall is 0\.97"):
+        building.is_published(strict)
+    # What the error says helps.
+    more = plan_of(tmp_path, probes=99, minimum_recall=0.97)
+    assert not building.is_published(more)
+    assert build(more).recall.at[10] >= 0.97 and building.is_published(more)
+
+
+def test_weights_stay_with_their_partitions(tmp_path):
+    build(plan_of(tmp_path, probes=1))
+    memory = Memory(str(tmp_path))
+    removed = memory.members(0).ids[:20].tolist()
+    table = pa.table({"id": removed, "weight": np.zeros(20, np.float32)}, weights.WEIGHTS_SCHEMA)
+    pruned = pruning.publish(memory, table, {"method": "hard"})
+    assert building.is_published(plan_of(tmp_path, probes=1))
+    manifest = build(plan_of(tmp_path, probes=3))
+    assert (manifest.version, manifest.probes) == ("000003", 3)
+    assert manifest.weights == pruned.weights and manifest.content_digest == pruned.content_digest
+    assert Memory(str(tmp_path)).open_partition(0).weights.sum() == len(memory.members(0)) - len(
+        removed
+    )
+    assert build(plan_of(tmp_path, probes=3)).version == "000003"
+    undone = pruning.undo(Memory(str(tmp_path)))
+    assert undone.weights is None and undone.probes == 3
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"method": "hard", "share": 0.25, "by": "wrong_at_10"},
+        {"method": "hard", "threshold": 2.5, "scores": "my scores.csv", "lowest": True},
+        {"method": "soft", "gamma_scale": 1.5},
+    ],
+)
+def test_a_build_that_drops_the_pruning_says_so_and_how_to_repeat_it(tmp_path, caplog, settings):
+    build(plan_of(tmp_path, probes=1))
+    memory = Memory(str(tmp_path))
+    table = pa.table({"id": ["0/0000"], "weight": np.zeros(1, np.float32)}, weights.WEIGHTS_SCHEMA)
+    pruning.publish(memory, table, PruneConfig(memory=memory.root, **settings).recipe)
+    assert not caplog.text
+    assert build(plan_of(tmp_path, probes=1, recall_queries=90)).weights is None
+    text = caplog.messages[0]
+    assert "version 000002 of" in text and "is pruned (1 items removed, 0 weighted)" in text
+    command = shlex.split(text.partition("Prune it as well: ")[2])
+    assert command[:4] == ["visual-memory", "prune", "--memory", str(tmp_path)]
+    assert command[4::2] == ["--set"] * len(command[5::2])
+    again = config.load(PruneConfig, None, command[5::2], {"memory": memory.root})
+    assert again.recipe == PruneConfig(memory=memory.root, **settings).recipe
