@@ -20,10 +20,11 @@ as ``self_tuned``. ``ratio`` is routed-1 / scann in queries a second at 0.95: wh
 labels, exact ties and padding cost. ``ratio_8`` is routed-8 / scann.
 
 Expected: ratio at least 0.9. Eight partitions, of which a query visits a few, cost more. Came,
-on 2 cores that nothing else used: 0.87 at 0.95 (23,064 against 26,635 queries a second) and
-0.89 at 0.99 (21,139 against 23,818); faiss 20,410 and 15,255, hnswlib 4,522 and not reached,
-exact search 236, routed-8 15,606 and 5,985. Looking up 100 ids for each query is most of the
-difference, 10 ms of 90 for 2,000 queries: they are Python's objects, anywhere in memory.
+on 2 cores that nothing else used: 1.00 at 0.95 (22,400 against 22,383 queries a second) and
+1.04 at 0.99 (20,782 against 20,062), so within what such a machine varies by; exact search 411.
+While ids were Python's strings, anywhere in memory, looking them up took 10 ms of 105 for 2,000
+queries: 0.87 and 0.89. In that run: faiss 20,410 and 15,255, hnswlib 4,522 and not reached,
+routed-8 15,606 and 5,985, ScaNN 26,635 and 23,818.
 """
 
 from __future__ import annotations

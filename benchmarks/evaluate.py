@@ -11,10 +11,10 @@ report. Both run in a process of their own, from its start to its end, imports i
 ``ratio`` is the bare search's seconds over the pipeline's. ``exact`` gives the same for
 exact search. ``--keep`` leaves the memories in a folder, where the next run finds them.
 
-Expected at 1,000,000 rows with ScaNN: 0.8. Came, on 2 cores that nothing else used: 0.75 (11.6
-against 15.4 s; 14.0 against 18.5 seconds of the processors). Of what the pipeline adds some
+Expected at 1,000,000 rows with ScaNN: 0.8. Came, on 2 cores that nothing else used: 0.77 (11.5
+against 14.9 s; 13.8 against 18.1 seconds of the processors). Of what the pipeline adds some
 2.5 s are the import of Beam, 1 s its start and the queries' way to their shard; votes and
-tables take 1.3 s and the results 0.4, partly beside the search.
+tables take 1.3 s and the results 0.4, partly beside the search. TensorFlow's import, for ScaNN, is 4 to 6 s of both.
 """
 
 from __future__ import annotations
