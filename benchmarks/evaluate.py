@@ -14,7 +14,8 @@ exact search. ``--keep`` leaves the memories in a folder, where the next run fin
 Expected at 1,000,000 rows with ScaNN: 0.8. Came, on 2 cores that nothing else used: 0.77 (11.5
 against 14.9 s; 13.8 against 18.1 seconds of the processors). Of what the pipeline adds some
 2.5 s are the import of Beam, 1 s its start and the queries' way to their shard; votes and
-tables take 1.3 s and the results 0.4, partly beside the search. TensorFlow's import, for ScaNN, is 4 to 6 s of both.
+tables take 1.3 s and the results 0.4, partly beside the search. TensorFlow's import, for ScaNN,
+is 4 to 6 s of both.
 """
 
 from __future__ import annotations
