@@ -405,6 +405,15 @@ def test_finished_scores_are_found_and_a_forgotten_work_folder_removed(tmp_path)
     assert score_tables.finished_scores(other) is None
 
 
+def test_finishing_is_repeated_where_its_result_was_lost(tmp_path, monkeypatch):
+    plan = plan_for(SmallMemory(str(tmp_path), rows_of(30), **COMPLETE))
+    with monkeypatch.context() as patch:
+        writes = kill_at(patch, -1)
+        results = run(plan)
+        count = len(writes)
+        assert score_tables.finish(plan) == results and len(writes) == count
+
+
 def test_near_duplicates_are_not_looked_for_at_distance_0(tmp_path):
     memory = SmallMemory(str(tmp_path), rows_of(30, copies=10), **COMPLETE)
     results = run(plan_for(memory, duplicate_distance=0))
