@@ -22,9 +22,8 @@ labels, exact ties and padding cost. ``ratio_8`` is routed-8 / scann.
 Expected: ratio at least 0.9. Eight partitions, of which a query visits a few, cost more. Came,
 on 2 cores that nothing else used: 1.00 at 0.95 (22,400 against 22,383 queries a second) and
 1.04 at 0.99 (20,782 against 20,062), so within what such a machine varies by; exact search 411.
-While ids were Python's strings, anywhere in memory, looking them up took 10 ms of 105 for 2,000
-queries: 0.87 and 0.89. In that run: faiss 20,410 and 15,255, hnswlib 4,522 and not reached,
-routed-8 15,606 and 5,985, ScaNN 26,635 and 23,818.
+While ids were Python's strings, anywhere in memory: 0.87 and 0.89. In that run: faiss 20,410
+and 15,255, hnswlib 4,522 and not reached, routed-8 15,606 and 5,985, ScaNN 26,635 and 23,818.
 """
 
 from __future__ import annotations

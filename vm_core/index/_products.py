@@ -71,13 +71,14 @@ def _bfloat16_blocks(
     tf = tensorflow()
     size = max(_COARSE * min(_PRODUCTS // len(queries), _VALUES // vectors.shape[1]), 1)
     rounded = np.empty((min(size, span.stop - span.start), vectors.shape[1]), _BFLOAT16)
-    left = queries.astype(_BFLOAT16)
+    with tf.device("CPU"):
+        left = tf.constant(queries.astype(_BFLOAT16))
     for part in slices(span.start, span.stop, size):
         block = vectors[part]
         right = rounded[: len(block)]
         right[...] = block if block.dtype == _BFLOAT16 else float32(block)
         with tf.device("CPU"):
-            products = tf.matmul(tf.constant(left), tf.constant(right), transpose_b=True)
+            products = tf.matmul(left, tf.constant(right), transpose_b=True)
             bits = tf.bitcast(products, tf.int16)
         yield part.start, np.asarray(memoryview(bits)).view(_BFLOAT16)  # Tensor.numpy() copies
 

@@ -279,9 +279,9 @@ def _rank(
     error = np.abs(np.maximum(1.0 - products[:, :k].astype(np.float64), 0.0) - distances[:, :k])
     if not error.max() <= tolerance:
         raise VisualMemoryError(
-            f"index (exact): TensorFlow's products are off by {error.max():.1e}, where "
-            f"{precision.name} allows {tolerance:.1e}: its device computes with less. "
-            "Write backend: numpy"
+            f"index (exact): products are off by {error.max():.1e}, where {precision.name} allows "
+            f"{tolerance:.1e}: a query or a row holds NaN or is not of unit length, or "
+            "TensorFlow's device computes with less. Check the vectors, or write backend: numpy"
         )
     # The nearest may be among those of lower products, but only within the rounding.
     bounds = 1.0 - distances[:, :k].max(axis=1).astype(np.float64) - tolerance

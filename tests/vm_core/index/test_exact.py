@@ -363,6 +363,15 @@ def test_products_of_less_precision_than_float32_are_refused(monkeypatch):
         top_k(vectors[:20], vectors, 5, "tensorflow")
 
 
+@pytest.mark.parametrize("backend", ["numpy", "bfloat16"])
+def test_a_query_that_holds_nan_is_named_as_the_cause(backend):
+    vectors = clustered(16, 400, 32, 1.0)
+    queries = vectors[:3].copy()
+    queries[1, 5] = np.nan
+    with pytest.raises(VisualMemoryError, match="holds NaN or is not of unit length"):
+        top_k(queries, vectors, 5, backend)
+
+
 def test_tensorflow_keeps_its_setting_of_precision():
     import tensorflow as tf
 
