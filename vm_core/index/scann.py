@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import json
 import math
 import os
+import sys
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -21,6 +24,7 @@ _BYTES: dict[ReorderDtype, int] = {"float32": 4, "bfloat16": 2, "int8": 1}
 _CODEBOOK_SAMPLE = 20_000
 _LEAF_SAMPLE = 100
 _DEPTH = 100
+_BATCH = 256  # queries that a thread takes at a time, ScaNN's default
 _VALUES = 2**20  # of the vectors whose distances are computed at a time: 4 MB
 
 
@@ -98,7 +102,7 @@ class Plugin(Index):
         if self._tunes:
 
             def search(setting: Setting) -> TopK:
-                return searching(searcher, vectors, _with(tuned, setting))
+                return searching(searcher.searcher, vectors, _with(tuned, setting))
 
             best = tune(search, vectors, leaves, self.target_recall, self.maximum_milliseconds)
             tuned = _with(tuned, best.setting)._replace(
@@ -167,14 +171,17 @@ def _with(tuned: Tuned, setting: Setting) -> Tuned:
 
 
 def load(folder: str) -> tuple[Any, Tuned]:
-    """ScaNN's searcher and how a build chose to search it."""
+    """ScaNN's index (its ``ScannNumpy``) and how a build chose to search it."""
     with open(os.path.join(folder, "tuned.json")) as file:
         tuned = Tuned(**json.load(file))
-    return _scann().load_searcher(os.path.join(folder, "scann")), tuned
+    index = os.path.join(folder, "scann")
+    with open(os.path.join(index, "scann_assets.pbtxt")) as file:
+        assets = file.read()
+    return _extension().ScannNumpy(index, assets), tuned
 
 
-def searching(searcher: Any, vectors: np.ndarray, tuned: Tuned) -> TopK:
-    """Searches so many leaves and re-ranks so many candidates as ``tuned`` says."""
+def searching(scann: Any, vectors: np.ndarray, tuned: Tuned) -> TopK:
+    """Searches so many leaves of a ``ScannNumpy`` and re-ranks so many as ``tuned`` says."""
     exact = tuned.reorder_dtype == "float32"
 
     def search(queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
@@ -186,11 +193,13 @@ def searching(searcher: Any, vectors: np.ndarray, tuned: Tuned) -> TopK:
         # Rough distances may put the last ones in the wrong order: some more are taken.
         fetched = found if exact else min(found + max(28, found // 4), len(vectors))
         reorder = max(math.ceil(tuned.reorder * max(1, k / _DEPTH)), fetched)
-        neighbors, products = searcher.search_batched_parallel(
+        neighbors, products = scann.search_batched(
             queries,
-            final_num_neighbors=fetched,
-            pre_reorder_num_neighbors=min(reorder, len(vectors)),
-            leaves_to_search=tuned.leaves_to_search,
+            fetched,
+            min(reorder, len(vectors)),
+            tuned.leaves_to_search,
+            True,  # in parallel
+            _BATCH,
         )
         # Where the searched leaves hold fewer rows ScaNN fills up with row 0 and NaN.
         valid = ~np.isnan(products)
@@ -227,8 +236,30 @@ def _scann() -> Any:
     try:
         from scann import scann_ops_pybind
     except ImportError as error:
-        raise VisualMemoryError(
-            f"cannot import scann ({error}). scann 1.4.2 goes with TensorFlow 2.20. Run: "
-            "pip install 'scann[tf]==1.4.2' 'tensorflow==2.20.*', or use index.kind = exact"
-        ) from error
+        raise _not_importable(error) from error
     return scann_ops_pybind
+
+
+def _extension() -> Any:
+    """ScaNN's extension module alone, which is all that searching takes.
+
+    ``import scann`` imports TensorFlow too, where there is one: seconds of each process. The
+    extension is found as ScaNN itself finds it, so both get the same module.
+    """
+    package = importlib.util.find_spec("scann")
+    if package is None or not package.submodule_search_locations:
+        raise _not_importable("there is no such package")
+    folder = os.path.join(package.submodule_search_locations[0], "scann_ops", "cc", "python")
+    if folder not in sys.path:
+        sys.path.append(folder)
+    try:
+        return importlib.import_module("scann_pybind")
+    except ImportError as error:
+        raise _not_importable(error) from error
+
+
+def _not_importable(cause: object) -> VisualMemoryError:
+    return VisualMemoryError(
+        f"cannot import scann ({cause}). scann 1.4.2 goes with TensorFlow 2.20. Run: "
+        "pip install 'scann[tf]==1.4.2' 'tensorflow==2.20.*', or use index.kind = exact"
+    )

@@ -1,8 +1,11 @@
 """ScaNN on clustered data: round trip, recall, tuning, and where its leaves run dry."""
 
+import importlib.util
 import json
 import os
 import shutil
+import subprocess
+import sys
 
 import ml_dtypes
 import numpy as np
@@ -194,6 +197,36 @@ def test_held_out_queries_are_nearest_to_the_row_they_come_from(vectors):
 )
 def test_leaves_searched_by_default(rows, leaves):
     assert scann._leaves_to_search(round(rows**0.5)) == leaves
+
+
+SEARCHING = """
+import sys
+import numpy as np
+from vm_core.index import scann
+vectors, folder = np.load(sys.argv[1]), sys.argv[2]
+search = scann.Plugin().open(vectors, folder)
+assert "tensorflow" not in sys.modules
+before = search(vectors[:50], 10)
+from scann import scann_ops_pybind
+loaded = scann_ops_pybind.load_searcher(folder + "/scann").searcher
+after = scann.searching(loaded, vectors, scann.load(folder)[1])(vectors[:50], 10)
+np.testing.assert_array_equal(before, after)
+"""
+
+
+def test_searching_imports_no_tensorflow_and_leaves_scann_importable(vectors, tmp_path):
+    scann.Plugin().build(vectors, str(tmp_path))
+    np.save(tmp_path / "vectors.npy", vectors)
+    arguments = [sys.executable, "-c", SEARCHING, tmp_path / "vectors.npy", tmp_path]
+    result = subprocess.run(arguments, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+def test_a_missing_scann_is_named_when_it_is_opened(vectors, tmp_path, monkeypatch):
+    scann.Plugin().build(vectors, str(tmp_path))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(VisualMemoryError, match=r"cannot import scann.*pip install 'scann\[tf\]"):
+        scann.Plugin().open(vectors, str(tmp_path))
 
 
 def test_too_few_rows(vectors, tmp_path):
