@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -59,26 +60,38 @@ class Router:
 class PartitionCache:
     """Opens partitions and keeps the latest used ones, within a number of bytes.
 
-    One partition is always kept, whatever its size. Safe to call from several threads.
+    One partition is always kept, whatever its size. Safe to call from several threads: one
+    of them opens a partition, those that ask for the same one wait for it, the others do not.
     """
 
     def __init__(
         self, open: Callable[[int], Partition], sizes: Sequence[int], limit: int = 4 << 30
     ):
         self._open, self._sizes, self._limit = open, sizes, limit
-        self._opened: OrderedDict[int, Partition] = OrderedDict()
+        self._opened: OrderedDict[int, Future[Partition]] = OrderedDict()
         self._lock = threading.Lock()
 
     def __call__(self, number: int) -> Partition:
         with self._lock:
-            is_open = number in self._opened
-            measure.count_reuse("partitions", is_open)
-            if not is_open:
+            partition = self._opened.get(number)
+            measure.count_reuse("partitions", partition is not None)
+            if partition is not None:
+                self._opened.move_to_end(number)
+            else:
                 self._make_room(self._sizes[number])
-                with measure.timed("open_ms"):
-                    self._opened[number] = self._open(number)
-            self._opened.move_to_end(number)
-            return self._opened[number]
+                fresh = self._opened[number] = Future()
+        if partition is not None:
+            return partition.result()
+        try:
+            with measure.timed("open_ms"):
+                fresh.set_result(self._open(number))
+        except BaseException as error:
+            # Those who wait get the error too; the next one to ask tries again.
+            fresh.set_exception(error)
+            with self._lock:
+                if self._opened.get(number) is fresh:
+                    del self._opened[number]
+        return fresh.result()
 
     def _make_room(self, size: int) -> None:
         while self._opened and size + sum(self._sizes[n] for n in self._opened) > self._limit:

@@ -1,5 +1,7 @@
 """Search over partitions equals search over all rows at once, however they are divided."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -198,6 +200,43 @@ def test_the_cache_keeps_the_latest_within_its_bytes():
     for number in (0, 1, 0, 2, 0, 1, 3, 3, 0):
         assert len(cache(number).members) == 2
     assert opened == [0, 1, 2, 1, 3, 0]
+
+
+def test_who_opens_a_partition_keeps_only_those_waiting_that_want_it_too():
+    started, go_on = threading.Event(), threading.Event()
+    opened = []
+
+    def open_one(number):
+        opened.append(number)
+        if number == 1:
+            started.set()
+            assert go_on.wait(10)
+        return partition(block(number, 2 + number))
+
+    cache = PartitionCache(open_one, [4, 4], limit=8)
+    cache(0)
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(cache, 1)
+        assert started.wait(10)
+        second = pool.submit(cache, 1)
+        assert len(cache(0).members) == 2  # while 1 is being opened
+        go_on.set()
+        assert first.result(10) is second.result(10)
+    assert opened == [0, 1]
+
+
+def test_a_partition_that_could_not_be_opened_is_opened_again_when_asked_for():
+    failures = [OSError("no network")]
+
+    def open_one(number):
+        if failures:
+            raise failures.pop()
+        return partition(block(number, 2))
+
+    cache = PartitionCache(open_one, [4], limit=8)
+    with pytest.raises(OSError, match="no network"):
+        cache(0)
+    assert len(cache(0).members) == 2
 
 
 def test_a_query_visits_the_cells_nearest_to_it():
