@@ -76,8 +76,9 @@ def stage_shards(paths: list[str], blocks: list[EmbeddingBlock]) -> None:
         write_shard(path, block, FINGERPRINT, "float32")
 
 
-def stage_sample(made: IndexPlan) -> list[tuple[int, np.ndarray]]:
-    return [(shard, indexing.sample_shard(made, shard)) for shard in range(len(made.shards))]
+def stage_sample(made: IndexPlan) -> None:
+    for bundle in range(made.bundles):
+        indexing.sample_shards(made, bundle)
 
 
 def stage_assign(made: IndexPlan) -> list[np.ndarray]:
@@ -126,7 +127,7 @@ def run_stages(
     counts = [np.array([rows])]
     if made.cells > 1:
         real["sample"] = in_child(stage_sample, made)
-        real["train partitioner"] = in_child(indexing.train, made, real["sample"].result)
+        real["train partitioner"] = in_child(indexing.train, made)
         real["assign"] = in_child(stage_assign, made)
         counts = real["assign"].result
     real["build index"] = in_child(stage_build, made, indexing.plan_partitions(made, counts))

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 import apache_beam as beam
-import numpy as np
 from apache_beam.pvalue import AsList, AsSingleton
 
 from pipelines import hints
@@ -26,22 +25,20 @@ def define_pipeline(
 ) -> None:
     """Partitions, indexes and measures what ``plan`` (one element) says; then publishes."""
     the_plan = AsSingleton(plan)
-    shards = (
-        plan
-        | "ShardNumbers" >> beam.FlatMap(lambda one: range(len(one.shards)))
-        | "SpreadShards" >> beam.Reshuffle()
-    )
-    trained = (
-        shards
-        | "Sample" >> beam.Map(measured("sample", _sample), the_plan)
-        | "Samples" >> beam.combiners.ToList()
-        | "Train" >> beam.Map(measured("train", _train), the_plan)
-    )
-    tasks = (
+    bundles = (
         plan
         | "Bundles" >> beam.FlatMap(lambda one: range(one.bundles))
         | "SpreadBundles" >> beam.Reshuffle()
-        # The centroids are a file; that it is there is what this waits for.
+    )
+    # Samples and centroids are files; that they are there is what the next step waits for.
+    trained = (
+        bundles
+        | "Sample" >> beam.Map(measured("sample", _sample), the_plan)
+        | "Sampled" >> beam.combiners.ToList()
+        | "Train" >> beam.Map(measured("train", _train), the_plan)
+    )
+    tasks = (
+        bundles
         | "Assign" >> beam.Map(measured("assign", _assign), the_plan, AsSingleton(trained))
         | "Counts" >> beam.combiners.ToList()
         | "Partitions"
@@ -73,12 +70,12 @@ def define_pipeline(
     )
 
 
-def _sample(shard: int, plan: IndexPlan) -> tuple[int, np.ndarray]:
-    return shard, indexing.sample_shard(plan, shard)
+def _sample(bundle: int, plan: IndexPlan) -> None:
+    indexing.sample_shards(plan, bundle)
 
 
-def _train(samples: list[tuple[int, np.ndarray]], plan: IndexPlan) -> None:
-    indexing.train(plan, samples)
+def _train(sampled: list[None], plan: IndexPlan) -> None:
+    indexing.train(plan)
 
 
 def _build(task: Task, plan: IndexPlan) -> PartitionEntry:

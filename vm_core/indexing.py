@@ -1,6 +1,6 @@
 """From finished shards to a searchable index, as plain functions of a plan.
 
-plan_index -> sample_shard -> train -> assign_shards -> plan_partitions -> build_partition
+plan_index -> sample_shards -> train -> assign_shards -> plan_partitions -> build_partition
 -> search_held_out -> (vm_core.recall)
 
 Workers share nothing but files. The shards' rows are written once more, cell by cell, so
@@ -15,7 +15,7 @@ import json
 import logging
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -144,29 +144,47 @@ class IndexPlan:
     def bundles(self) -> int:
         return len(self.first_shards) - 1
 
+    def bundle(self, number: int) -> range:
+        """The shards of a bundle."""
+        return range(*self.first_shards[number : number + 2].tolist())
+
+    def sampled(self, bundle: int) -> str:
+        """Path of the rows of a bundle's shards that train the partitioner, without its suffix."""
+        return self.path(f"{self.work}/sample-{bundle:05d}")
+
     def assigned(self, bundle: int) -> str:
         """Path of the rows of a bundle's shards by cell, without its suffix."""
         return self.path(f"{self.work}/assigned-{bundle:05d}")
 
 
-def sample_shard(plan: IndexPlan, shard: int) -> np.ndarray:
-    """The rows of a shard that train the partitioner, (S, D) float32."""
-    if plan.cells == 1 or storage.is_file(plan.path(str(plan.centroids))):
-        return np.empty((0, 1), np.float32)
-    block = read_shard(plan.path(plan.shards[shard].path))
-    return partitioning.sample(
-        block.ids, block.vectors, plan.rows, plan.cells, plan.partitioning.seed
-    )
-
-
-def train(plan: IndexPlan, samples: Iterable[tuple[int, np.ndarray]]) -> None:
-    """Trains the centroids from the numbered shards' samples and writes them."""
-    if plan.centroids is None or storage.is_file(plan.path(plan.centroids)):
+def sample_shards(plan: IndexPlan, bundle: int) -> None:
+    """Writes the rows of a bundle's shards that train the partitioner."""
+    path = plan.sampled(bundle)
+    if _is_trained(plan) or batch_files.is_complete(path):
         return
-    ordered = [rows for _, rows in sorted(samples, key=lambda pair: pair[0]) if len(rows)]
-    centroids = partitioning.train(np.concatenate(ordered), plan.cells, plan.partitioning.seed)
+    with batch_files.writing(path) as out:
+        for shard in plan.bundle(bundle):
+            block = read_shard(plan.path(plan.shards[shard].path))
+            rows = partitioning.sample(
+                block.ids, block.vectors, plan.rows, plan.cells, plan.partitioning.seed
+            )
+            if len(rows):
+                out.write(0, {"vector": rows})
+
+
+def train(plan: IndexPlan) -> None:
+    """Trains the centroids from all bundles' samples and writes them."""
+    if plan.centroids is None or _is_trained(plan):
+        return
+    files = (BatchFile(plan.sampled(bundle)) for bundle in range(plan.bundles))
+    rows = np.concatenate([batch["vector"] for file in files for batch in file.read(0)])
+    centroids = partitioning.train(rows, plan.cells, plan.partitioning.seed)
     with storage.write_atomic(plan.path(plan.centroids)) as file:
         np.save(file, centroids)
+
+
+def _is_trained(plan: IndexPlan) -> bool:
+    return plan.centroids is None or storage.is_file(plan.path(plan.centroids))
 
 
 def read_centroids(path: str) -> np.ndarray:
@@ -179,7 +197,7 @@ def assign_shards(plan: IndexPlan, bundle: int) -> np.ndarray:
 
     With a single cell there is nothing to write.
     """
-    shards = range(*plan.first_shards[bundle : bundle + 2].tolist())
+    shards = plan.bundle(bundle)
     if plan.centroids is None:
         return np.array([sum(plan.shards[shard].rows for shard in shards)])
     path = plan.assigned(bundle)

@@ -42,8 +42,9 @@ def build(plan: BuildPlan) -> Manifest:
     finished = building.finished_shards(plan)
     entries = [finished.get(shard) or write_shard(plan, shard) for shard in range(SHARDS)]
     index_plan = building.plan_index(plan, entries)
-    samples = [(shard, indexing.sample_shard(index_plan, shard)) for shard in range(SHARDS)]
-    indexing.train(index_plan, samples)
+    for bundle in range(index_plan.bundles):
+        indexing.sample_shards(index_plan, bundle)
+    indexing.train(index_plan)
     counts = [indexing.assign_shards(index_plan, n) for n in range(index_plan.bundles)]
     tasks = indexing.plan_partitions(index_plan, counts)
     built = [indexing.build_partition(index_plan, task) for task in tasks]

@@ -3,6 +3,7 @@
 import hashlib
 import os
 import pickle
+import shutil
 
 import fsspec
 import numpy as np
@@ -52,9 +53,24 @@ def plan_of(root: str, block: EmbeddingBlock, dtype: str = "float32", **settings
     )
 
 
+def test_samples_and_centroids_once_written_are_not_made_again(tmp_path):
+    plan = plan_of(str(tmp_path), block(), rows=90)
+    for bundle in range(plan.bundles):
+        indexing.sample_shards(plan, bundle)
+    os.rename(tmp_path / plan.shards[0].path, tmp_path / "away")
+    for bundle in range(plan.bundles):
+        indexing.sample_shards(plan, bundle)
+    indexing.train(plan)
+    assert len(indexing.read_centroids(plan.path(plan.centroids))) == plan.cells
+    shutil.rmtree(tmp_path / plan.work)
+    indexing.sample_shards(plan, 0)
+    indexing.train(plan)
+
+
 def build(plan: IndexPlan) -> list[indexing.PartitionEntry]:
-    shards = range(SHARDS)
-    indexing.train(plan, [(shard, indexing.sample_shard(plan, shard)) for shard in shards[::-1]])
+    for bundle in reversed(range(plan.bundles)):
+        indexing.sample_shards(plan, bundle)
+    indexing.train(plan)
     counts = [indexing.assign_shards(plan, bundle) for bundle in range(plan.bundles)]
     tasks = indexing.plan_partitions(plan, counts)
     return [indexing.build_partition(plan, task) for task in tasks]
