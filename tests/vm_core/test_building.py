@@ -101,6 +101,13 @@ def test_a_published_index_must_find_what_is_asked_now(tmp_path):
     assert build(more).recall.at[10] >= 0.97 and building.is_published(more)
 
 
+def test_scann_over_few_rows_is_searched_exactly(tmp_path):
+    """Whole, 600 rows are too few for ScaNN; so are the parts of any memory, if uneven."""
+    manifest = build(plan_of(tmp_path, index={"kind": "scann"}, probes=99))
+    assert {entry.index.kind for entry in manifest.partitions} == {"exact"}
+    assert manifest.recall.at[10] == 1
+
+
 def test_weights_stay_with_their_partitions(tmp_path):
     build(plan_of(tmp_path, probes=1))
     memory = Memory(str(tmp_path))

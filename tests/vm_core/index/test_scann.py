@@ -196,16 +196,14 @@ def test_leaves_searched_by_default(rows, leaves):
     assert scann._leaves_to_search(round(rows**0.5)) == leaves
 
 
-def test_too_few_rows(vectors, tmp_path):
-    with pytest.raises(VisualMemoryError, match=r"at least 1,000 rows.*partition has 999"):
-        scann.Plugin().build(vectors[:999], str(tmp_path))
-
-
-def test_auto_chooses_by_the_number_of_rows():
-    assert auto.Plugin().choose(19_999).kind == "exact"
+def test_exact_or_scann_is_chosen_by_the_number_of_rows():
+    assert auto.Plugin().choose(19_999) == exact.Plugin()
     assert auto.Plugin().choose(20_000) == scann.Plugin()
-    settings = {"kind": "auto", "exact_below": 5, "scann": {"target_recall": 0.95}}
-    assert index.parse(settings).choose(5) == scann.Plugin(target_recall=0.95)
+    tuned = scann.Plugin(target_recall=0.95)
+    earlier = index.parse({"kind": "auto", "exact_below": 5, "scann": {"target_recall": 0.95}})
+    for asked in (tuned, earlier):
+        assert asked.choose(999) == exact.Plugin()  # ScaNN cannot learn from so few
+        assert asked.choose(1_000) == tuned
 
 
 def test_unknown_kinds_and_settings_are_named():
