@@ -1,9 +1,4 @@
-"""How much of the exact answer an index finds, on queries that are no rows of it.
-
-The queries lie a third of the way from a row to its nearest neighbour: close to the data,
-as real queries are. Half-way the two would be equally near, and which of them comes first
-a matter of rounding.
-"""
+"""How much of the exact answer an index finds, on queries that are no rows of it."""
 
 from __future__ import annotations
 
@@ -15,6 +10,7 @@ import numpy as np
 from pydantic import BaseModel
 
 from vm_core.errors import VisualMemoryError
+from vm_core.held_out import beside
 from vm_core.index.exact import top_k
 from vm_core.partitions import Members, Partition
 from vm_core.records import unit_interval
@@ -86,11 +82,7 @@ def held_out(
         ],
         bool,
     )
-    rows = members.vectors[chosen].astype(np.float32)
-    nearest, _ = top_k(rows, members.vectors, min(2, len(members)))
-    other = members.vectors[nearest[:, -1:].ravel()].astype(np.float32) if len(rows) else rows
-    between = 2 * rows + other
-    return between / np.linalg.norm(between, axis=1, keepdims=True), members.labels[chosen]
+    return beside(members.vectors, chosen), members.labels[chosen]
 
 
 def exact_and_found(partition: Partition, queries: np.ndarray, ranks: np.ndarray) -> Hits:

@@ -180,15 +180,6 @@ def test_the_ladder_goes_up_to_all_leaves():
     assert list(_tuning._ladder(1)) == [1]
 
 
-def test_held_out_queries_are_nearest_to_the_row_they_come_from(vectors):
-    queries = _tuning.held_out(vectors)
-    assert queries.shape == (500, 32) and queries.dtype == np.float32
-    np.testing.assert_allclose(np.linalg.norm(queries, axis=1), 1, atol=1e-6)
-    nearest, distances = exact.top_k(queries, vectors, 1)
-    assert len(np.unique(nearest)) > 450 and (distances > 1e-4).all()
-    np.testing.assert_array_equal(queries, _tuning.held_out(vectors))
-
-
 @pytest.mark.parametrize(
     "rows, leaves", [(1_000, 25), (20_000, 25), (100_000, 36), (1_000_000, 64)]
 )
