@@ -65,7 +65,8 @@ class ShardEntry(BaseModel):
 class Manifest(BaseModel):
     """What a version of a memory consists of.
 
-    probes: cells that a query visits. recall: None where the search is exact.
+    probes: cells that a query visits. recall: None where the search is exact. new_classes:
+    labels that the last version of another build did not have.
     """
 
     format: int
@@ -83,6 +84,7 @@ class Manifest(BaseModel):
     probes: int
     partitions: list[PartitionEntry]
     recall: Recall | None
+    new_classes: list[int] = []
     weights: WeightsEntry | None = None
     config: dict[str, Any]
 
