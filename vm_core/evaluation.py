@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pydantic import Field, SerializeAsAny, field_validator, model_validator
 
@@ -56,7 +57,8 @@ class EvaluationConfig(plugins.Settings):
 
     memory, version: what is evaluated; the current version if none is named.
     queries: sources of images; or embeddings: a glob pattern of embedding shards of the
-    same encoder; or leave_one_out: every item of the memory against all the others.
+    same encoder; or leave_one_out: every item of the memory against all the others,
+    except items that a pruning has removed.
     output: a folder for the results. k: neighbours per query. tuning_share: share of
     the queries that choose k and are not part of the reported accuracy. fixed_k: the
     k reported besides. probes: cells of the index that a query visits, the memory's own
@@ -247,10 +249,15 @@ class Part(NamedTuple):
 def gather_queries(plan: EvaluationPlan, shard: int, parts: Iterable[Embedded]) -> Gathered:
     """The queries of a shard, each once, in the order of their ids.
 
-    A label that the memory does not know becomes UNKNOWN.
+    A label that the memory does not know becomes UNKNOWN. In leave-one-out an item that was
+    removed from the memory is no query of it, and in none of the totals.
     """
     embedded, duplicates = gather(parts)
     block = embedded.block
+    if plan.config.leave_one_out:
+        ids = pa.array(block.ids, pa.large_string())
+        gone = pc.is_in(ids, value_set=plan.memory.removed_ids())
+        block = block.take(~gone.to_numpy(zero_copy_only=False))
     known = np.isin(block.labels, _labels(plan))
     block = replace(block, labels=np.where(known, block.labels, UNKNOWN))
     measure.count("done_queries", len(block))

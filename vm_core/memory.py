@@ -23,6 +23,7 @@ from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import BaseModel, SerializeAsAny, field_validator
 
@@ -166,6 +167,13 @@ class Memory:
         if self.manifest.weights is None:
             return partition
         return weights.apply(partition, weights.read(self.root, self.manifest.weights, number))
+
+    def removed_ids(self) -> pa.ChunkedArray:
+        """Ids of the items that a pruning has removed, as large_string; some more than once."""
+        manifest = self.manifest
+        if manifest.weights is None or not manifest.weights.removed:
+            return pa.chunked_array([], pa.large_string())
+        return weights.removed_ids(self.root, manifest.weights, len(manifest.partitions))
 
     def router(self, probes: int | None = None) -> Router:
         """What sends queries to partitions; to the manifest's number of cells if None."""

@@ -72,6 +72,16 @@ def read(root: str, entry: WeightsEntry, partition: int) -> pa.Table:
     return pq.read_table(pa.BufferReader(data), schema=WEIGHTS_SCHEMA)
 
 
+def removed_ids(root: str, entry: WeightsEntry, partitions: int) -> pa.ChunkedArray:
+    """The ids of weight 0 of all partitions, as large_string; those with copies more than once."""
+    ids = [pa.array([], pa.large_string())]
+    for number in range(partitions):
+        table = read(root, entry, number)
+        of_partition = table["id"].filter(pc.equal(table["weight"], 0.0))
+        ids += of_partition.cast(pa.large_string()).chunks
+    return pa.chunked_array(ids)
+
+
 def apply(partition: Partition, table: pa.Table) -> Partition:
     """The partition with weights, and without the removed rows: its search never finds them.
 

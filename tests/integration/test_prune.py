@@ -222,3 +222,32 @@ def test_command(own, queries, tmp_path, capsys, monkeypatch):
     status, said = run("--share", "0.2", "--set", "evaluation.tuning_share=0.0", *some[:2])
     assert status == 2 and "queries is a tuning query" in said.err
     assert Memory(own.root).manifest.weights is None
+
+
+@pytest.mark.parametrize("partition_rows", [1000, 9])
+def test_what_is_removed_is_no_query_of_leave_one_out(
+    few_photos, small_encoder, tmp_path, partition_rows
+):
+    """As if it had never been there; what weighs less is one."""
+    settings = {"partitioning": {"rows": partition_rows, "spill": "nearest", "probes": 99}}
+    memory = build_memory(configuration(tmp_path / "m", small_encoder, few_photos, **settings))
+    stored, path = rows_of(memory), str(tmp_path / "scores.parquet")
+    write_table(path, pa.table({"id": stored.ids, "score": 1 * (np.arange(32) % 3 == 0)}))
+
+    def evaluated(output):
+        given = {"memory": memory.root, "leave_one_out": True, "k": 5, "tuning_share": 0.3}
+        given |= {"output": str(tmp_path / output)}
+        return evaluate(EvaluationConfig.model_validate(given))[1]["queries"]
+
+    pruned_by(memory, method="soft", scores=path)
+    totals = evaluated("soft")
+    assert totals["read"] == totals["embedded"] == 32
+    pruned_by(memory, method="hard", scores=path, threshold=1)
+    totals = evaluated("hard")
+    kept = stored.take(np.arange(32) % 3 != 0)
+    assert totals["read"] == totals["embedded"] == totals["test"] + totals["tuning"] == len(kept)
+    found = table(f"{tmp_path}/hard/neighbors-*.parquet").sort_by("query_id").to_pydict()
+    assert found["query_id"] == kept.ids.tolist()
+    places, _ = top_k(kept.vectors, kept.vectors, 6)
+    others = [[p for p in row if p != own][:5] for own, row in enumerate(places.tolist())]
+    assert found["neighbor_ids"] == kept.ids[np.array(others)].tolist()
