@@ -314,6 +314,8 @@ class PruneConfig(plugins.Settings):
         recipe: dict[str, Any] = {"method": self.method, "by": self.column}
         if self.scores:
             recipe |= {"scores": self.scores} | ({"lowest": True} if self.lowest else {})
+        elif self.leave_one_out:
+            recipe["leave_one_out"] = self.leave_one_out
         if self.method == "soft":
             return recipe | {"gamma_scale": self.gamma_scale}
         if self.share is not None:

@@ -125,6 +125,12 @@ def test_weights_stay_with_their_partitions(tmp_path):
         {"method": "hard", "share": 0.25, "by": "wrong_at_10"},
         {"method": "hard", "threshold": 2.5, "scores": "my scores.csv", "lowest": True},
         {"method": "soft", "gamma_scale": 1.5},
+        {
+            "method": "hard",
+            "by": "shapley",
+            "threshold": -0.5,
+            "leave_one_out": {"ks": [7, 30], "shapley_k": 5, "exclude_duplicates": True},
+        },
     ],
 )
 def test_a_build_that_drops_the_pruning_says_so_and_how_to_repeat_it(tmp_path, caplog, settings):
@@ -140,4 +146,6 @@ def test_a_build_that_drops_the_pruning_says_so_and_how_to_repeat_it(tmp_path, c
     assert command[:4] == ["visual-memory", "prune", "--memory", str(tmp_path)]
     assert command[4::2] == ["--set"] * len(command[5::2])
     again = config.load(PruneConfig, None, command[5::2], {"memory": memory.root})
-    assert again.recipe == PruneConfig(memory=memory.root, **settings).recipe
+    given = PruneConfig(memory=memory.root, **settings)
+    assert again.recipe == given.recipe
+    assert again.leave_one_out_settings == given.leave_one_out_settings
