@@ -100,6 +100,10 @@ class EvaluationConfig(plugins.Settings):
             raise ValueError("give one of queries, embeddings and leave_one_out")
         if self.headline_voter not in VOTERS:
             raise ValueError(f"headline_voter must be one of {', '.join(VOTERS)}")
+        try:
+            _ = self.vote_parameters
+        except VisualMemoryError as error:
+            raise ValueError(str(error)) from None
         return self
 
     @property
