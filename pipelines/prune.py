@@ -55,8 +55,7 @@ def prune(
     memory = Memory(configuration.memory)
     base = memory.with_manifest(pruning.unweighted(memory.manifest))
     if configuration.scores:
-        scores = pruning.read_scores(configuration.scores, configuration.column)
-        pruning.check_ids(base, scores)
+        scores = pruning.scores_of_file(base, configuration)
     else:
         scores = _leave_one_out(configuration, base, beam_arguments)
     pruned = pruning.stage(base, configuration.weights(scores), configuration.recipe)
@@ -89,7 +88,8 @@ def _leave_one_out(
         LeaveOneOutConfig, configuration.leave_one_out_settings | settings, "leave_one_out"
     )
     results = score.run(scoring, beam_arguments, base)
-    return pruning.scores_of(read_scores(base, results["fingerprint"]), configuration.column)
+    tables = read_scores(base, results["fingerprint"])
+    return pruning.scores_of(tables, configuration.column, ties=configuration.share is not None)
 
 
 def _measure(

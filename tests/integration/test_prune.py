@@ -19,9 +19,9 @@ from vm_core.memory import Memory
 from vm_core.neighbors import Neighbors
 from vm_core.pruning import LeaveOneOutCounts, PruneConfig
 from vm_core.records import PADDING, unit_interval
+from vm_core.shards import read_shard
 from vm_core.tables import write_table
 from vm_core.voting import vote
-from vm_core.weights import WEIGHTS_SCHEMA
 
 K = 12
 
@@ -44,8 +44,12 @@ def queries(photos, tmp_path_factory):
     return folder
 
 
-def weights_table(weights):
-    return pa.table([list(weights), list(weights.values())], schema=WEIGHTS_SCHEMA)
+def publish(memory, weights, settings):
+    """Publishes weights by id."""
+    ids = pa.chunked_array([list(weights)], pa.large_string())
+    columns = [pruning.rows_of(memory, ids), list(weights.values())]
+    table = pa.table(columns, schema=pruning.ROW_WEIGHTS_SCHEMA)
+    return pruning.publish_staged(pruning.stage(memory, table, settings), memory.manifest.version)
 
 
 def counts_of(memory):
@@ -68,7 +72,7 @@ def test_a_version_with_weights_and_back(own):
     removed, weighted = rows.ids[::3], rows.ids[1::3]
     weights = dict.fromkeys(removed, 0.0) | dict.fromkeys(weighted, 0.5)
     before = files_below(own.root)
-    published = pruning.publish(own, weights_table(weights), {"method": "by hand"})
+    published = publish(own, weights, {"method": "by hand"})
     pruned = Memory(own.root)
     assert pruned.manifest == published and published.version == "000002"
     assert published.content_digest != own.manifest.content_digest
@@ -90,9 +94,9 @@ def test_a_version_with_weights_and_back(own):
     np.testing.assert_array_equal(found.weights, expected.astype(np.float32))
 
     # The same weights again are the same version; others take their place.
-    again = pruning.publish(pruned, weights_table(dict(reversed(weights.items()))), {})
+    again = publish(pruned, dict(reversed(weights.items())), {})
     assert again == published
-    other = pruning.publish(pruned, weights_table({rows.ids[0]: 0.0}), {})
+    other = publish(pruned, {rows.ids[0]: 0.0}, {})
     assert other.version == "000003" and other.weights.base_version == "000001"
     assert (other.weights.removed, other.weights.weighted) == (1, 0)
 
@@ -108,11 +112,8 @@ def test_a_version_with_weights_and_back(own):
 
 def test_weights_that_cannot_be(own):
     ids = rows_of(own).ids
-    strange = {ids[0]: 0.0, "strange": 0.0, "zebra": 0.5}
-    with pytest.raises(VisualMemoryError, match="2 of 3 ids are not in .* of them 'strange'"):
-        pruning.publish(own, weights_table(strange), {})
     with pytest.raises(VisualMemoryError, match="all 32 items would be removed"):
-        pruning.publish(own, weights_table(dict.fromkeys(ids, 0.0)), {})
+        publish(own, dict.fromkeys(ids, 0.0), {})
     assert Memory(own.root).manifest == own.manifest
 
 
@@ -189,9 +190,40 @@ def test_scores_of_a_file(own, tmp_path):
     assert recorded["id"].to_pylist() == ids[:8].tolist() and result.before is None
     expected = {"method": "hard", "by": "quality", "scores": path, "lowest": True, "share": 0.25}
     assert entry.settings == expected
-    write_table(path, pa.table({"id": ["nobody", ids[0]], "quality": [0.5, 0.7]}))
+    write_table(path, pa.table({"id": ["nobody", ids[0]], "quality": [0.5, -0.7]}))
     with pytest.raises(VisualMemoryError, match="1 of 2 ids are not in .*'nobody'"):
         pruned_by(own, **settings, share=0.25)
+    with pytest.raises(VisualMemoryError, match=f"needs counts, and item '{ids[0]}' has -0.7"):
+        pruned_by(own, method="soft", scores=path, score_column="quality")
+    assert Memory(own.root).manifest.version == "000002"
+
+
+@pytest.mark.parametrize("partition_rows", [1000, 9])
+def test_rows_of_ids(few_photos, small_encoder, tmp_path, partition_rows):
+    settings = {"partitioning": {"rows": partition_rows, "spill": "nearest", "probes": 99}}
+    memory = build_memory(configuration(tmp_path / "m", small_encoder, few_photos, **settings))
+    stored = [read_shard(memory.path(shard.embeddings)).ids for shard in memory.manifest.shards]
+    numbers = {id: number for number, id in enumerate(np.concatenate(stored))}
+    generator = np.random.default_rng(0)
+    for known in (0, 1, 9, 32):
+        ids = [*generator.permutation(list(numbers))[:known].tolist(), "nobody", ""]
+        generator.shuffle(ids)
+        # As a table of very many ids comes: in pieces.
+        pieces = pa.chunked_array([ids[:4], [], ids[4:]], pa.large_string())
+        rows = pruning.rows_of(memory, pieces)
+        assert rows.tolist() == [numbers.get(id, -1) for id in ids]
+    assert pruning.rows_of(memory, pa.chunked_array([], pa.large_string())).tolist() == []
+
+
+def test_a_damaged_table_of_rows_is_no_reason_to_prune_others(own, tmp_path):
+    path, ids = Path(own.path(own.manifest.partitions[0].folder), "rows.parquet"), rows_of(own).ids
+    write_table(str(tmp_path / "s.parquet"), pa.table({"id": ids, "score": np.arange(len(ids))}))
+    rows = pq.read_table(path)
+    pq.write_table(rows.set_column(0, "row", pa.array(rows["row"].to_pylist()[::-1])), path)
+    for settings in ({"scores": str(tmp_path / "s.parquet"), "share": 0.25}, {"share": 0.25}):
+        with pytest.raises(VisualMemoryError, match="rows.parquet is missing or damaged: it is"):
+            pruned_by(own, method="hard", **settings)
+    assert Memory(own.root).manifest == own.manifest and not list(Path(own.root).glob("weights"))
 
 
 def test_command(own, queries, tmp_path, capsys, monkeypatch):

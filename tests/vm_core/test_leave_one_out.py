@@ -97,7 +97,7 @@ class SmallMemory:
         return Router(centroids, tuple(range(self.cells)), self.probes)
 
     def members(self, number: int) -> Members:
-        return partitions.read_members(self.path(f"partition-{number}"))
+        return partitions.open_partition(self.path(f"partition-{number}"), exact.Plugin()).members
 
     def open_partition(self, number: int) -> Partition:
         self.opened.append(number)
