@@ -117,6 +117,8 @@ class EvaluationPlan:
 
     ``fingerprint`` covers the memory, the queries and all settings, ``embedding_fingerprint``
     what the queries' embeddings depend on: with other settings they are not made again.
+    checkpoints: a folder that keeps the embeddings for another evaluation of the same
+    queries; None if they are removed at the end.
     """
 
     config: EvaluationConfig
@@ -125,6 +127,7 @@ class EvaluationPlan:
     output: str
     fingerprint: str
     embedding_fingerprint: str
+    checkpoints: str | None = None
 
     @property
     def embedding(self) -> EmbedPlan:
@@ -133,7 +136,7 @@ class EvaluationPlan:
             self.memory.classes,
             self.encoder,
             self.config.images,
-            storage.join(self.output, "work", self.embedding_fingerprint),
+            storage.join(self.checkpoints or self.path("work"), self.embedding_fingerprint),
         )
 
     def path(self, name: str) -> str:

@@ -10,7 +10,14 @@ import pytest
 
 from pipelines import commands, prune
 from pipelines.evaluate import evaluate
-from tests.integration.harness import build_memory, configuration, files_below, rows_of, table
+from tests.integration.harness import (
+    build_memory,
+    configuration,
+    count_encoded,
+    files_below,
+    rows_of,
+    table,
+)
 from vm_core import plugins, pruning
 from vm_core.errors import VisualMemoryError
 from vm_core.evaluation import EvaluationConfig
@@ -176,6 +183,38 @@ def test_what_it_changes_is_measured_on_the_tuning_queries_alone(own, queries, t
         assert (of_row[2] != 1).any()
         votes = vote(of_row[0], of_row[1], ["rank"], multiplier=of_row[2])["rank"]
         assert ranks[row["query_id"]] == votes.predictions[0, -1]
+
+
+def test_queries_are_encoded_once(own, queries, tmp_path, monkeypatch):
+    encoded = count_encoded(monkeypatch)
+    evaluation = {"queries": [{"kind": "folder", "path": str(queries)}], "tuning_share": 0.5}
+    for output in ({}, {"output": str(tmp_path / "kept")}):
+        encoded.clear()
+        pruned = pruned_by(own, method="soft", evaluation=evaluation | output)
+        assert pruned.before and pruned.after and sum(encoded) == 24
+        assert not files_below(Path(own.root, "work"))
+    assert {path.name for path in (tmp_path / "kept").iterdir()} == {"before", "after"}
+    assert not [*(tmp_path / "kept").rglob("*.arrow")]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"k": 0}, "evaluation: k = 0: .* greater than or equal to 1"),
+        ({"temperature": 0.001}, "evaluation: softmax temperature 0.001 is out of range"),
+        ({"queries": [{"kind": "folder", "path": "/nowhere"}]}, "'/nowhere' is not a folder"),
+        ({"queries": [], "embeddings": "/nowhere/*"}, "no file matches '/nowhere/\\*'"),
+        ({"tuning_share": 0}, "tuning_share = 0 none .* Give a share above 0"),
+        ({"output": "/proc/nowhere"}, "cannot write to '/proc/nowhere'"),
+    ],
+)
+def test_an_evaluation_that_cannot_be_is_refused_before_any_work(
+    own, queries, monkeypatch, given, message
+):
+    monkeypatch.setattr("pipelines.running.run", lambda *_: pytest.fail("work was started"))
+    evaluation = {"queries": [{"kind": "folder", "path": str(queries)}], **given}
+    with pytest.raises(VisualMemoryError, match=message):
+        pruned_by(own, method="soft", evaluation=evaluation)
 
 
 def test_scores_of_a_file(own, tmp_path):
