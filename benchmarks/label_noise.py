@@ -166,8 +166,9 @@ class Accuracy:
         members = Members(np.arange(count), names, labels, np.ones(count, bool), block.vectors)
         partition = Partition(members, lambda queries, k: top_k(queries, block.vectors, k))
         if pruned is not None:
-            items = pa.table([names.take(pruned["row"].combine_chunks()), pruned["weight"]])
-            partition = weights.apply(partition, items.rename_columns(["id", "weight"]))
+            columns = [names.take(pruned["row"].combine_chunks()), pruned["weight"]]
+            items = pa.table(columns, schema=weights.WEIGHTS_SCHEMA)
+            partition = weights.apply(partition, items)
         found = search_partition(partition, self._queries, K)
         votes = vote(found.labels, found.distances, ["rank"], multiplier=found.weights)["rank"]
         right = votes.predictions[:, -1] == self._queries.labels
