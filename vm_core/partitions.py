@@ -13,6 +13,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -24,7 +25,7 @@ from vm_core.index import Index, TopK
 from vm_core.records import strings
 from vm_core.shard_rows import DTYPES
 
-_ROWS, _VECTORS = "rows.parquet", "vectors.npy"
+ROWS, _VECTORS = "rows.parquet", "vectors.npy"
 
 _PYTHON_STRING = 57  # bytes of an empty one and of the pointer to it
 
@@ -111,7 +112,7 @@ def write(folder: str, members: Members) -> None:
     table = pa.table(
         [members.rows, members.names, members.labels, members.home], schema=ROWS_SCHEMA
     )
-    pq.write_table(table, os.path.join(folder, _ROWS))
+    pq.write_table(table, os.path.join(folder, ROWS))
     np.save(os.path.join(folder, _VECTORS), storable(members.vectors))
 
 
@@ -120,25 +121,20 @@ def storable(vectors: np.ndarray) -> np.ndarray:
     return vectors.view(np.uint16) if vectors.dtype == DTYPES["bfloat16"] else vectors
 
 
-def read_members(folder: str) -> Members:
-    """Reads the members of a partition from any storage; local vectors are mapped."""
-    with (
-        storage.local_copy(storage.join(folder, _ROWS)) as rows,
-        storage.local_copy(storage.join(folder, _VECTORS)) as vectors,
-    ):
-        return _read_members(rows, vectors)
-
-
 def open_partition(folder: str, index: Index) -> Partition:
     """Opens a partition with its index, from any storage."""
     with storage.local_copy(folder) as local:
-        members = _read_members(os.path.join(local, _ROWS), os.path.join(local, _VECTORS))
+        members = _read_members(os.path.join(local, ROWS), os.path.join(local, _VECTORS))
         return Partition(members, index.open(members.vectors, local))
 
 
+def read_rows(file: Any) -> pa.Table:
+    """What ``rows.parquet`` holds, of ROWS_SCHEMA; file: a path or an open file."""
+    return pq.read_table(file, schema=ROWS_SCHEMA).combine_chunks()
+
+
 def _read_members(rows: str, vectors: str) -> Members:
-    table = pq.read_table(rows, schema=ROWS_SCHEMA)
-    table = table.combine_chunks()
+    table = read_rows(rows)
     names = table["id"]
     return Members(
         table["row"].to_numpy(),
