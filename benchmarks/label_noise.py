@@ -120,7 +120,7 @@ def item_tables(
     counted = scores["correct_at_100"] + scores["wrong_at_100"]
     # Nobody's neighbour: nothing speaks against it.
     scores["reliability"] = np.where(counted, scores["correct_at_100"] / np.maximum(counted, 1), 1)
-    table = pa.table({"id": pa.array(ids, pa.string()), **scores})
+    table = pa.table({"row": range(len(ids)), "id": pa.array(ids, pa.string()), **scores})
     return {name: scores_of([table], name, ties=True) for name in HIGHEST_IS_WORST}
 
 

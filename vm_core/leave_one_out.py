@@ -43,7 +43,7 @@ from vm_core.partitions import Members, Partition
 from vm_core.progress import report
 from vm_core.records import strings
 
-FORMAT = 2
+FORMAT = 3
 
 _QUERY_ROWS = 8192
 _SPARE = 32

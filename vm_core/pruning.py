@@ -124,14 +124,13 @@ def multipliers(ids: np.ndarray, weights: Mapping[str, float]) -> np.ndarray:
 def scores_of(tables: Iterable[pa.Table], column: str, ties: bool = False) -> pa.Table:
     """A table of SCORES_SCHEMA, and of TIES_SCHEMA where ``ties``, from one column of others.
 
-    tables: the shards' items in their order, with id, shapley and ``column``; an empty score
-    is left out. Some 16 bytes an item are in memory, 32 with ties, whatever else they hold.
+    tables: items with row, id, shapley and ``column``; an empty score is left out. Some 16
+    bytes an item are in memory, 32 with ties, whatever else the tables hold.
     """
-    parts, first = [_schema(ties).empty_table()], 0
+    parts = [_schema(ties).empty_table()]
     for table in tables:
-        rows = np.arange(first, first + len(table))
-        first += len(table)
-        part = _scores(rows, table[column], table["id"], table["shapley"] if ties else None)
+        shapley = table["shapley"] if ties else None
+        part = _scores(table["row"], table[column], table["id"], shapley)
         parts.append(part.filter(pc.is_valid(part["score"])))
     return pa.concat_tables(parts)
 
@@ -141,7 +140,10 @@ def _schema(ties: bool) -> pa.Schema:
 
 
 def _scores(
-    rows: np.ndarray, scores: pa.ChunkedArray, ids: pa.ChunkedArray, shapley: Any = None
+    rows: np.ndarray | pa.ChunkedArray,
+    scores: pa.ChunkedArray,
+    ids: pa.ChunkedArray,
+    shapley: Any = None,
 ) -> pa.Table:
     """A table of SCORES_SCHEMA, and of TIES_SCHEMA where there are Shapley values."""
     columns = [rows, scores.cast(pa.float64())]

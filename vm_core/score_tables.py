@@ -25,7 +25,7 @@ from vm_core.item_scores import FIXED_POINT
 from vm_core.leave_one_out import LeaveOneOutPlan
 from vm_core.memory import Memory
 from vm_core.progress import report
-from vm_core.records import strings
+from vm_core.records import EmbeddingBlock, strings
 from vm_core.shards import read_shard
 from vm_core.tables import write_table
 
@@ -98,7 +98,8 @@ def write_scores(plan: LeaveOneOutPlan, bundle: int) -> int:
         block = read_shard(embeddings)
         here = slice(plan.first_rows[shard] - start, plan.first_rows[shard + 1] - start)
         columns = dict(zip(names, totals[here].T, strict=True))
-        table = _table(plan, block.ids, block.labels, columns, group[here], queries)
+        rows = np.arange(plan.first_rows[shard], plan.first_rows[shard + 1])
+        table = _table(plan, rows, block, columns, group[here], queries)
         write_table(plan.items(shard), table)
         worst = _worst(worst + table.take(_lowest(table, WORST)).to_pylist())
         report("write", 1)
@@ -109,8 +110,8 @@ def write_scores(plan: LeaveOneOutPlan, bundle: int) -> int:
 
 def _table(
     plan: LeaveOneOutPlan,
-    ids: np.ndarray,
-    labels: np.ndarray,
+    rows: np.ndarray,
+    block: EmbeddingBlock,
     columns: Columns,
     group: np.ndarray,
     queries: int,
@@ -120,8 +121,9 @@ def _table(
     counted = correct + columns[f"wrong_at_{plan.config.k}"]
     return pa.table(
         {
-            "id": pa.array(ids, pa.string()),
-            "label": pa.array(labels, pa.int64()),
+            "row": rows,
+            "id": pa.array(block.ids, pa.string()),
+            "label": pa.array(block.labels, pa.int64()),
             **{name: values for name, values in columns.items() if name != "shapley"},
             "reliability": pa.array(correct / np.maximum(counted, 1), mask=counted == 0),
             "shapley": columns["shapley"] * (FIXED_POINT / max(1, queries)),
@@ -193,7 +195,8 @@ def finished_scores(plan: LeaveOneOutPlan) -> dict[str, Any] | None:
 def read_scores(memory: Memory, fingerprint: str) -> Iterator[pa.Table]:
     """The scores of a memory's items, a table a shard, in the order of the shards.
 
-    Columns: id, label, wrong_at_K and correct_at_K for each K of the settings,
+    Columns: row (the number of the item's row in the memory, as the partitions have it), id,
+    label, wrong_at_K and correct_at_K for each K of the settings,
     reliability (null where the item is nobody's neighbour), shapley, duplicate_group (the
     first item's id, null where there is none). fingerprint: or the folder of the scores.
     """
@@ -209,7 +212,7 @@ def read_scores(memory: Memory, fingerprint: str) -> Iterator[pa.Table]:
         with storage.open_read(path) as file:
             table = pq.read_table(file)
         rows = memory.manifest.shards[shard].embedded
-        if len(table) != rows:  # a row's number follows from where it stands
+        if len(table) != rows:
             raise VisualMemoryError(
                 f"{path} has {len(table):,} items, and its shard {rows:,}: it is damaged, or of "
                 f"another memory. Remove {memory.path(folder)} and make the scores again"

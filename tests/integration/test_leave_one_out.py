@@ -74,6 +74,7 @@ def test_the_command_prints_the_worst_items_and_the_scores_can_be_read(several, 
     read = pa.concat_tables(score_tables.read_scores(several, folder.name))
     assert read == table(f"{folder}/items-*.parquet")
     assert read.schema.names == [
+        "row",
         "id",
         "label",
         "wrong_at_2",

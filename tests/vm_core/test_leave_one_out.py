@@ -186,7 +186,7 @@ def brute_force(
     distances = np.maximum(1 - products, 0).astype(np.float32)
     items = [
         {f"{kind}_at_{k}": 0 for k in settings.ks for kind in ("wrong", "correct")}
-        | {"id": block.ids[i], "label": int(block.labels[i]), "shapley": 0.0}
+        | {"row": i, "id": block.ids[i], "label": int(block.labels[i]), "shapley": 0.0}
         for i in range(count)
     ]
     near: dict[int, set[int]] = {}

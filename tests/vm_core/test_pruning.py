@@ -83,7 +83,8 @@ def test_threshold_must_count():
 
 def scores(values, shapley=None):
     """Scores by id as a table of rows, which are numbered in the order given."""
-    table = pa.table({"id": list(values), "score": list(values.values())})
+    rows = range(len(values))
+    table = pa.table({"row": rows, "id": list(values), "score": list(values.values())})
     if shapley is None:
         return scores_of([table], "score")
     return scores_of([table.append_column("shapley", [shapley])], "score", ties=True)
@@ -143,10 +144,10 @@ def test_what_cannot_be_weighed():
 
 def test_scores_of_tables():
     tables = [
-        pa.table({"id": ["a", "b"], "label": [1, 2], "shapley": [0.5, None]}),
-        pa.table({"id": ["c"], "label": [1], "shapley": [-1.0]}),
+        pa.table({"row": [5, 6], "id": ["a", "b"], "label": [1, 2], "shapley": [0.5, None]}),
+        pa.table({"row": [3], "id": ["c"], "label": [1], "shapley": [-1.0]}),
     ]
-    expected = {"row": [0, 2], "score": [0.5, -1.0]}
+    expected = {"row": [5, 3], "score": [0.5, -1.0]}
     assert scores_of(tables, "shapley").to_pydict() == expected
     hashes = [unit_interval(id, "prune") for id in ("a", "c")]
     expected |= {"shapley": [0.5, -1.0], "order": hashes}
