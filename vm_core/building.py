@@ -179,8 +179,7 @@ def is_published(plan: BuildPlan) -> bool:
         # As they were asked for: what they came to is not known before the index is there.
         manifest.config["partitioning"] == plan.config.partitioning.model_dump(mode="json")
         and all(
-            partition.folder.startswith(folder)
-            and storage.is_file(plan.path(f"{partition.folder}/partition.json"))
+            partition.folder.startswith(folder) and indexing.is_complete(plan.root, partition)
             for partition in manifest.partitions
         )
     )
@@ -319,6 +318,10 @@ def publish(
     storage.remove_directory(plan.path(f"work/{plan.fingerprint}"))
     storage.remove_directory(plan.path(index_plan.work))
     storage.remove_leftovers(plan.path(plan.folder))
+    for folder in indexing.unnamed_folders(index_plan, published.partitions):
+        # An earlier version may have it: its marker was removed to have it built again.
+        if not memory.is_named(plan.root, folder):
+            storage.remove_directory(plan.path(folder))
     return published
 
 
@@ -329,8 +332,8 @@ def _with_weights(root: str, manifest: Manifest) -> Manifest:
     current = memory.Memory(root).manifest
     if current.weights is None:
         return manifest
-    folders = [[entry.folder for entry in each.partitions] for each in (current, manifest)]
-    if current.weights.base_digest == manifest.content_digest and folders[0] == folders[1]:
+    # The digest covers which rows are in which partition.
+    if current.weights.base_digest == manifest.content_digest:
         update = {"weights": current.weights, "content_digest": current.content_digest}
         return manifest.model_copy(update=update)
     how = dict(current.weights.settings)

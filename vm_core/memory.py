@@ -9,7 +9,8 @@ builds/FINGERPRINT/          what one build wrote; FINGERPRINT covers inputs and
   shard-00000-of-00004.json  written last: this shard is complete
   classes.parquet
   index-RECIPE/centroids.npy   of the partitioner, if there is more than one cell
-  index-RECIPE/partition-00000/
+  index-RECIPE/partition-00000-FILES/
+  index-RECIPE/partition-00000.json   written last: which folder is the partition
 weights/FINGERPRINT/         weights of pruned items, see vm_core.weights
 work/FINGERPRINT/            checkpoints of an unfinished build
 """
@@ -26,7 +27,7 @@ import numpy as np
 import pyarrow.parquet as pq
 from pydantic import BaseModel, SerializeAsAny, field_validator
 
-from vm_core import encoders, indexing, partitions, storage, weights
+from vm_core import encoders, indexing, storage, weights
 from vm_core.classes import ClassTable
 from vm_core.encoders import Encoder
 from vm_core.errors import VisualMemoryError
@@ -149,16 +150,25 @@ class Memory:
     def path(self, relative: str) -> str:
         return storage.join(self.root, relative)
 
+    def files(self) -> dict[str, str]:
+        """The SHA-256 of the files that are this version, by their path below the memory.
+
+        The class table and the centroids, which the content digest covers, have none.
+        """
+        files = dict(self.manifest.weights.files) if self.manifest.weights else {}
+        for shard in self.manifest.shards:
+            files |= shard.files
+        for entry in self.manifest.partitions:
+            files |= {f"{entry.folder}/{name}": digest for name, digest in entry.files.items()}
+        return files
+
     def first_rows(self) -> np.ndarray:
         """(shards + 1,) int64: the number of each shard's first row, and of all rows."""
         return np.cumsum([0, *(shard.embedded for shard in self.manifest.shards)])
 
     def members(self, number: int) -> Members:
         """The rows of one partition, without its index."""
-        entry = self.manifest.partitions[number]
-        members = partitions.read_members(self.path(entry.folder))
-        indexing.check_count(self.path(entry.folder), entry, members)
-        return members
+        return indexing.read_members(self.root, self.manifest.partitions[number])
 
     def open_partition(self, number: int) -> Partition:
         """Loads one partition of the index, ready to search."""
@@ -307,6 +317,12 @@ def _claim(root: str, manifest: Manifest) -> Manifest:
 
 def _name(pointer: bytes) -> str:
     return pointer.decode().strip()
+
+
+def is_named(root: str, name: str) -> bool:
+    """Whether any version, of whatever format, names such a file or folder."""
+    manifests = storage.walk(storage.join(root, "versions"))
+    return any(f'{name}"'.encode() in storage.read_bytes(file.path) for file in manifests)
 
 
 def _version_numbers(root: str) -> list[int]:

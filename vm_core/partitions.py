@@ -19,12 +19,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from vm_core import storage
 from vm_core.index import Index, TopK
 from vm_core.records import strings
 from vm_core.shard_rows import DTYPES
 
 _ROWS, _VECTORS = "rows.parquet", "vectors.npy"
+MEMBERS = (_ROWS, _VECTORS)
+"""The files that ``read_members`` needs."""
 
 _PYTHON_STRING = 57  # bytes of an empty one and of the pointer to it
 
@@ -121,23 +122,8 @@ def storable(vectors: np.ndarray) -> np.ndarray:
 
 
 def read_members(folder: str) -> Members:
-    """Reads the members of a partition from any storage; local vectors are mapped."""
-    with (
-        storage.local_copy(storage.join(folder, _ROWS)) as rows,
-        storage.local_copy(storage.join(folder, _VECTORS)) as vectors,
-    ):
-        return _read_members(rows, vectors)
-
-
-def open_partition(folder: str, index: Index) -> Partition:
-    """Opens a partition with its index, from any storage."""
-    with storage.local_copy(folder) as local:
-        members = _read_members(os.path.join(local, _ROWS), os.path.join(local, _VECTORS))
-        return Partition(members, index.open(members.vectors, local))
-
-
-def _read_members(rows: str, vectors: str) -> Members:
-    table = pq.read_table(rows, schema=ROWS_SCHEMA)
+    """Reads the members of a partition in a local folder; their vectors are mapped."""
+    table = pq.read_table(os.path.join(folder, _ROWS), schema=ROWS_SCHEMA)
     table = table.combine_chunks()
     names = table["id"]
     return Members(
@@ -145,15 +131,17 @@ def _read_members(rows: str, vectors: str) -> Members:
         names.chunk(0) if names.num_chunks else pa.array([], pa.string()),
         table["label"].to_numpy(),
         table["home"].to_numpy(),
-        _map(vectors),
+        map_vectors(folder),
     )
+
+
+def open_partition(folder: str, index: Index) -> Partition:
+    """Opens a partition in a local folder, which may be gone afterwards, with its index."""
+    members = read_members(folder)
+    return Partition(members, index.open(members.vectors, folder))
 
 
 def map_vectors(folder: str) -> np.ndarray:
     """The (N, D) vectors of a partition in a local folder, mapped; they outlive the folder."""
-    return _map(os.path.join(folder, _VECTORS))
-
-
-def _map(path: str) -> np.ndarray:
-    vectors = np.load(path, mmap_mode="r")
+    vectors = np.load(os.path.join(folder, _VECTORS), mmap_mode="r")
     return vectors.view(DTYPES["bfloat16"]) if vectors.dtype == np.uint16 else vectors

@@ -1,13 +1,14 @@
 """When a build is published already, when it is a version of its own, and what it keeps."""
 
 import shlex
+import shutil
 from functools import reduce
 
 import numpy as np
 import pyarrow as pa
 import pytest
 
-from vm_core import building, config, encoders, indexing, pruning, recall, weights
+from vm_core import building, config, encoders, indexing, pruning, recall, storage, weights
 from vm_core.building import BuildConfig, BuildPlan
 from vm_core.classes import ClassTable
 from vm_core.errors import VisualMemoryError
@@ -134,11 +135,43 @@ def test_a_build_that_drops_the_pruning_says_so_and_how_to_repeat_it(tmp_path, c
     table = pa.table({"id": ["0/0000"], "weight": np.zeros(1, np.float32)}, weights.WEIGHTS_SCHEMA)
     pruning.publish(memory, table, PruneConfig(memory=memory.root, **settings).recipe)
     assert not caplog.text
-    assert build(plan_of(tmp_path, probes=1, recall_queries=90)).weights is None
+    # The same rows in the same partitions, in other folders: the weights still fit.
+    assert build(plan_of(tmp_path, probes=1, recall_queries=90)).weights is not None
+    assert not caplog.text
+    assert build(plan_of(tmp_path, probes=1, partitioning={"rows": 70})).weights is None
     text = caplog.messages[0]
-    assert "version 000002 of" in text and "is pruned (1 items removed, 0 weighted)" in text
+    assert "version 000003 of" in text and "is pruned (1 items removed, 0 weighted)" in text
     command = shlex.split(text.partition("Prune it as well: ")[2])
     assert command[:4] == ["visual-memory", "prune", "--memory", str(tmp_path)]
     assert command[4::2] == ["--set"] * len(command[5::2])
     again = config.load(PruneConfig, None, command[5::2], {"memory": memory.root})
     assert again.recipe == PruneConfig(memory=memory.root, **settings).recipe
+
+
+def test_a_partition_that_lost_a_file_is_built_again(tmp_path):
+    plan = plan_of(tmp_path, probes=1)
+    first = build(plan)
+    kept, lost = (tmp_path / first.partitions[n].folder / "vectors.npy" for n in (0, 1))
+    stamp = kept.stat().st_mtime_ns
+    lost.write_bytes(lost.read_bytes()[:-1])
+    assert not building.is_published(plan)
+    assert build(plan) == first and building.is_published(plan)
+    assert kept.stat().st_mtime_ns == stamp
+    assert not storage.damaged(str(tmp_path), Memory(str(tmp_path)).files())
+
+
+def test_folders_of_other_attempts_go_and_those_of_versions_stay(tmp_path):
+    first = build(plan_of(tmp_path, probes=1))
+    index = (tmp_path / first.partitions[0].folder).parent
+    old = index / "partition-00000-00000000old0"
+    shutil.copytree(tmp_path / first.partitions[0].folder, old)
+    manifest = tmp_path / "versions" / "000001.json"
+    named = manifest.read_text().replace(first.partitions[0].folder, str(old.relative_to(tmp_path)))
+    manifest.write_text(named)
+    (index / "partition-00001-0000killed00").mkdir()
+    (index / "partition-00001-0000killed00" / "rows.parquet").write_bytes(b"half")
+    before = {path.name for path in index.iterdir()}
+    assert build(plan_of(tmp_path, probes=2)).version == "000002"
+    assert before - {path.name for path in index.iterdir()} == {"partition-00001-0000killed00"}
+    for version in ("000001", "000002"):
+        assert not storage.damaged(str(tmp_path), Memory(str(tmp_path), version).files())
