@@ -318,10 +318,8 @@ def publish(
     storage.remove_directory(plan.path(f"work/{plan.fingerprint}"))
     storage.remove_directory(plan.path(index_plan.work))
     storage.remove_leftovers(plan.path(plan.folder))
-    for folder in indexing.unnamed_folders(index_plan, published.partitions):
-        # An earlier version may have it: its marker was removed to have it built again.
-        if not memory.is_named(plan.root, folder):
-            storage.remove_directory(plan.path(folder))
+    left = indexing.unnamed_folders(index_plan, published.partitions)
+    memory.remove_unnamed(plan.root, left)
     return published
 
 

@@ -401,7 +401,7 @@ def read_members(root: str, entry: PartitionEntry) -> Members:
 def _local_files(
     root: str, entry: PartitionEntry, names: Sequence[str] | None = None
 ) -> Iterator[str]:
-    """A local folder with a partition's files, or some of them, to be opened inside the block.
+    """A local folder with a partition's files, or those named, to be opened inside the block.
 
     Raises VisualMemoryError for files that are missing or damaged. A download is compared
     with the checksums; on a disk, where that would take longer than to open the files, they
@@ -410,7 +410,7 @@ def _local_files(
     folder = storage.join(root, entry.folder)
     files = {name: entry.files[name] for name in names or entry.files}
     try:
-        with storage.local_copy(folder, names) as local:
+        with storage.local_copy(folder, list(files)) as local:
             if not storage.is_local(folder):
                 _check_files(folder, storage.damaged(local, files))
             yield local

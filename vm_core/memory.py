@@ -319,10 +319,19 @@ def _name(pointer: bytes) -> str:
     return pointer.decode().strip()
 
 
-def is_named(root: str, name: str) -> bool:
-    """Whether any version, of whatever format, names such a file or folder."""
-    manifests = storage.walk(storage.join(root, "versions"))
-    return any(f'{name}"'.encode() in storage.read_bytes(file.path) for file in manifests)
+def remove_unnamed(root: str, folders: Sequence[str]) -> None:
+    """Removes those of the folders, relative to the memory, that no version names.
+
+    A folder that the newest version lacks may be an earlier one's: a partition that had lost
+    files was built again, or its folder was named in another way. Manifests are searched as
+    text, since they may be of another format.
+    """
+    if folders:
+        for file in storage.walk(storage.join(root, "versions")):
+            text = storage.read_bytes(file.path)
+            folders = [folder for folder in folders if f'"{folder}"'.encode() not in text]
+    for folder in folders:
+        storage.remove_directory(storage.join(root, folder))
 
 
 def _version_numbers(root: str) -> list[int]:

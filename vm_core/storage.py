@@ -384,7 +384,8 @@ def _moved(folder: str, name: str) -> bool:
 def local_copy(path: str, names: Sequence[str] | None = None) -> Iterator[str]:
     """A local path with the content of a file or folder: itself, or a temporary download.
 
-    names: the files below the folder that are needed, all if None.
+    names: the files below the folder that are needed, all if None. Raises FileNotFoundError
+    if the store has not got them; of a local path nothing is looked at.
     """
     filesystem, name = _filesystem(path)
     if isinstance(filesystem, LocalFileSystem):
@@ -419,7 +420,12 @@ def remove_directory(path: str) -> None:
         with contextlib.suppress(FileNotFoundError):
             filesystem.rm(name, recursive=True)
     else:  # fsspec's would take brackets in the name for a pattern
-        _each(filesystem.rm_file, filesystem.find(name))
+
+        def remove(file: str) -> None:
+            with contextlib.suppress(FileNotFoundError):  # another attempt may do the same
+                filesystem.rm_file(file)
+
+        _each(remove, filesystem.find(name))
 
 
 def remove_leftovers(folder: str) -> None:
@@ -465,7 +471,8 @@ def damaged(root: str, files: Mapping[str, str]) -> dict[str, str]:
             digest = sha256_file(join(root, name))
         except FileNotFoundError:
             return "is missing"
-        return "" if digest == files[name] else f"is damaged: it has SHA-256 {digest}"
+        right = files[name]
+        return "" if digest == right else f"is damaged: its SHA-256 is {digest}, not {right}"
 
     with ThreadPoolExecutor(_REQUESTS) as pool:
         found = dict(zip(files, pool.map(examine, files), strict=True))

@@ -136,7 +136,7 @@ def test_build_and_inspect(run, few_photos, small_encoder, tmp_path):
     status, out, err = run("inspect", memory, "--verify")
     assert (status, out) == (2, "")
     assert f"2 of 11 files of {memory}, version 000001, are missing or damaged:" in err
-    assert f"  {damaged} is damaged: it has SHA-256 " in err and f"  {missing} is missing" in err
+    assert f"  {damaged} is damaged: its SHA-256 is " in err and f"  {missing} is missing" in err
     assert "remove them and start the build again" in err
     status, _, err = run("inspect", memory, "--version", "000009")
     assert status == 2 and "has no version '000009'" in err

@@ -261,7 +261,7 @@ def test_damaged_files_are_named(root, name, how):
     (entry,) = build(plan)
     path = storage.join(plan.path(entry.folder), name)
     change(path, how)
-    said = "is missing" if how == "removed" else "is damaged: it has SHA-256 "
+    said = "is missing" if how == "removed" else "is damaged: its SHA-256 is "
     expected = re.escape(f"partition {plan.path(entry.folder)}: {name} {said}")
     remedy = r".*Restore its files, or remove the folder and start the build again$"
     assert list(storage.damaged(plan.path(entry.folder), entry.files)) == [name]
