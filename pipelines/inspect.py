@@ -12,23 +12,8 @@ from collections.abc import Sequence
 from rich.console import Console
 
 from pipelines import commands
-from vm_core import storage, summary
-from vm_core.errors import VisualMemoryError
+from vm_core import summary
 from vm_core.memory import Memory
-
-
-def verify(memory: Memory) -> None:
-    """Says that all files are as they were written. Raises VisualMemoryError if they are not."""
-    files = memory.files()
-    damaged = storage.damaged(memory.root, files)
-    if damaged:
-        some = "".join(f"\n  {name} {what}" for name, what in list(damaged.items())[:20])
-        raise VisualMemoryError(
-            f"{len(damaged):,} of {len(files):,} files of {memory.root}, version "
-            f"{memory.manifest.version}, are missing or damaged:{some}\n"
-            "Restore them from a copy, or remove them and start the build again"
-        )
-    print(f"{len(files):,} files of version {memory.manifest.version} are as they were written")
 
 
 def command(arguments: Sequence[str]) -> None:
@@ -47,7 +32,8 @@ def command(arguments: Sequence[str]) -> None:
     options = parser.parse_args(arguments)
     memory = Memory(options.memory, options.version)
     if options.verify:
-        verify(memory)
+        count, version = memory.check_files(), memory.manifest.version
+        print(f"{count:,} files of version {version} are as they were written")
     elif options.json:
         print(memory.manifest.model_dump_json(indent=1))
     else:

@@ -178,6 +178,7 @@ def is_published(plan: BuildPlan) -> bool:
     same = (
         # As they were asked for: what they came to is not known before the index is there.
         manifest.config["partitioning"] == plan.config.partitioning.model_dump(mode="json")
+        and all(storage.is_file(plan.path(name)) for name in manifest.files)
         and all(
             partition.folder.startswith(folder) and indexing.is_complete(plan.root, partition)
             for partition in manifest.partitions
@@ -280,9 +281,9 @@ def publish(
     index_plan = plan_index(plan, entries)
     probes, measured = _recall(plan, index_plan, partitions, hits)
     classes = f"{plan.folder}/classes.parquet"
-    class_bytes = plan.classes.to_parquet()
-    storage.write_bytes(plan.path(classes), class_bytes)
+    storage.write_bytes(plan.path(classes), plan.classes.to_parquet())
     centroids = index_plan.centroids
+    files = {name: storage.sha256_file(plan.path(name)) for name in (classes, centroids) if name}
     manifest = Manifest(
         format=memory.FORMAT,
         version="",
@@ -291,8 +292,8 @@ def publish(
             {
                 "encoder": plan.encoder_fingerprint,
                 "files": [sorted(entry.files.values()) for entry in entries],
-                "classes": hashlib.sha256(class_bytes).hexdigest(),
-                "centroids": centroids and storage.sha256_file(plan.path(centroids)),
+                "classes": files[classes],
+                "centroids": centroids and files[centroids],
                 "index": [
                     [partition.index.model_dump(mode="json"), partition.files["rows.parquet"]]
                     for partition in partitions
@@ -312,6 +313,7 @@ def publish(
         probes=probes,
         partitions=list(partitions),
         recall=measured,
+        files=files,
         config=plan.config.model_dump(mode="json"),
     )
     published = memory.publish(plan.root, _with_weights(plan.root, manifest))

@@ -66,7 +66,8 @@ class ShardEntry(BaseModel):
 class Manifest(BaseModel):
     """What a version of a memory consists of.
 
-    probes: cells that a query visits. recall: None where the search is exact.
+    probes: cells that a query visits. recall: None where the search is exact. files: the class
+    table and the centroids, with the SHA-256 of each; none in earlier manifests.
     """
 
     format: int
@@ -85,6 +86,7 @@ class Manifest(BaseModel):
     partitions: list[PartitionEntry]
     recall: Recall | None
     weights: WeightsEntry | None = None
+    files: dict[str, str] = {}
     config: dict[str, Any]
 
     @field_validator("encoder", mode="before")
@@ -151,16 +153,33 @@ class Memory:
         return storage.join(self.root, relative)
 
     def files(self) -> dict[str, str]:
-        """The SHA-256 of the files that are this version, by their path below the memory.
-
-        The class table and the centroids, which the content digest covers, have none.
-        """
-        files = dict(self.manifest.weights.files) if self.manifest.weights else {}
+        """The SHA-256 of the files that are this version, by their path below the memory."""
+        files = dict(self.manifest.files)
+        if self.manifest.weights is not None:
+            files |= self.manifest.weights.files
         for shard in self.manifest.shards:
             files |= shard.files
         for entry in self.manifest.partitions:
             files |= {f"{entry.folder}/{name}": digest for name, digest in entry.files.items()}
         return files
+
+    def check_files(self) -> int:
+        """Reads every file of this version and returns their number.
+
+        Raises VisualMemoryError if one is not as it was written.
+        """
+        files = self.files()
+        damaged = storage.damaged(self.root, files)
+        if damaged:
+            some = "".join(f"\n  {name} {what}" for name, what in list(damaged.items())[:20])
+            remedy = "Restore them from a copy, or remove them and start the build again"
+            if self.manifest.weights is not None and damaged.keys() & self.manifest.weights.files:
+                remedy += "; take weights back with visual-memory prune --undo"
+            raise VisualMemoryError(
+                f"{len(damaged):,} of {len(files):,} files of {self.root}, version "
+                f"{self.manifest.version}, are missing or damaged:{some}\n{remedy}"
+            )
+        return len(files)
 
     def first_rows(self) -> np.ndarray:
         """(shards + 1,) int64: the number of each shard's first row, and of all rows."""

@@ -116,6 +116,11 @@ def test_weights_stay_with_their_partitions(tmp_path):
         removed
     )
     assert build(plan_of(tmp_path, probes=3)).version == "000003"
+    opened = Memory(str(tmp_path))
+    assert opened.check_files() == len(opened.files())
+    (tmp_path / manifest.weights.file(1)).unlink()
+    with pytest.raises(VisualMemoryError, match=r"(?s)1 of .* is missing\n.*prune --undo$"):
+        opened.check_files()
     undone = pruning.undo(Memory(str(tmp_path)))
     assert undone.weights is None and undone.probes == 3
 
@@ -157,6 +162,22 @@ def test_a_partition_that_lost_a_file_is_built_again(tmp_path):
     assert build(plan) == first and building.is_published(plan)
     assert kept.stat().st_mtime_ns == stamp
     assert not storage.damaged(str(tmp_path), Memory(str(tmp_path)).files())
+
+
+@pytest.mark.parametrize("name", ["classes", "centroids"])
+def test_a_lost_file_that_all_partitions_share_is_made_again(tmp_path, name):
+    plan = plan_of(tmp_path, probes=1)
+    first = build(plan)
+    memory = Memory(str(tmp_path))
+    path = tmp_path / getattr(first, name)
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+    expected = f"version 000001, are missing or damaged:\n  {getattr(first, name)} is damaged: its "
+    with pytest.raises(VisualMemoryError, match=expected):
+        memory.check_files()
+    path.unlink()
+    assert not building.is_published(plan)
+    assert build(plan) == first and building.is_published(plan)
+    assert not storage.damaged(memory.root, memory.files())
 
 
 def test_folders_of_other_attempts_go_and_those_of_versions_stay(tmp_path):
