@@ -112,7 +112,8 @@ def test_members_know_where_they_stand_in_the_shards(tmp_path):
     rows = block(3)
     plan = plan_of(str(tmp_path), rows, rows=70)
     for entry in build(plan):
-        members = partitions.read_members(plan.path(entry.folder))
+        members = indexing.read_members(plan.root, entry)
+        assert isinstance(members.vectors, np.memmap)  # on a disk nothing is copied or hashed
         np.testing.assert_array_equal(members.ids, rows.ids[members.rows])
         np.testing.assert_array_equal(members.vectors, rows.vectors[members.rows])
         assert list(members.ids) == sorted(members.ids)
