@@ -192,7 +192,7 @@ def differing_builds(monkeypatch, during=lambda attempt: None):
         number = len(attempts)
         for name in ("codebook", "hashed"):
             with open(os.path.join(folder, name), "w") as file:
-                file.write(f"attempt {number}")
+                file.write(f"attempt {number}" * number)
         during(number)
 
     monkeypatch.setattr(exact.Plugin, "build", build)
