@@ -73,6 +73,14 @@ class ClassTable:
             return int(key)
         return self._label_of.get(key, UNKNOWN)
 
+    @cached_property
+    def _key_of(self) -> dict[int, str]:
+        return dict(zip(self.labels, self.keys, strict=True))
+
+    def key(self, label: int) -> str:
+        """The class key of a label; a label that has none is its own key."""
+        return self._key_of.get(label, str(label))
+
     def name(self, label: int) -> str:
         """What to call a label in tables and reports."""
         if label == PADDING:

@@ -32,7 +32,7 @@ from vm_core.index import Index
 from vm_core.partitioning import Partitioning
 from vm_core.partitions import Members, Partition
 from vm_core.progress import report
-from vm_core.recall import HeldOut, Hits, exact_and_found, held_out
+from vm_core.recall import HeldOut, Hits, exact_and_found, held_out, shares
 from vm_core.search import Router
 from vm_core.shard_rows import DTYPES
 from vm_core.shards import read_shard
@@ -83,7 +83,9 @@ class Task(NamedTuple):
 class IndexPlan:
     """What is to be indexed, and how. Paths are below ``root``.
 
-    What takes a look at every shard is computed once: there may be tens of thousands.
+    new_classes: labels that the version before did not have, of which there are more held-out
+    queries; ascending. What takes a look at every shard is computed once: there may be tens
+    of thousands.
     """
 
     root: str
@@ -94,6 +96,7 @@ class IndexPlan:
     index: Index
     partitioning: Partitioning
     recall_queries: int
+    new_classes: tuple[int, ...] = ()
 
     @cached_property
     def rows(self) -> int:
@@ -109,6 +112,8 @@ class IndexPlan:
         settings = self.partitioning.model_dump(mode="json", exclude={"probes", "coverage"})
         shards = [shard.digest for shard in self.shards]
         identity = [self.index.model_dump(mode="json"), settings, shards, self.recall_queries]
+        if self.new_classes:
+            identity.append(self.new_classes)
         return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
 
     @property
@@ -341,9 +346,11 @@ def _write_members(plan: IndexPlan, task: Task, folder: str) -> tuple[int, int]:
     members = Members.concatenate(parts) if parts else _no_members(plan)
     partitions.write(folder, members)
     if needs_recall(plan):
-        vectors, labels = held_out(members, plan.class_counts, plan.recall_queries)
-        np.save(os.path.join(folder, "held_out_vectors.npy"), vectors)
-        np.save(os.path.join(folder, "held_out_labels.npy"), labels)
+        queries = held_out(
+            members, shares(plan.class_counts, plan.recall_queries, plan.new_classes)
+        )
+        np.save(os.path.join(folder, "held_out_vectors.npy"), queries.vectors)
+        np.save(os.path.join(folder, "held_out_labels.npy"), queries.labels)
     return len(members), int(members.home.sum())
 
 

@@ -66,8 +66,9 @@ class ShardEntry(BaseModel):
 class Manifest(BaseModel):
     """What a version of a memory consists of.
 
-    probes: cells that a query visits. recall: None where the search is exact. files: the class
-    table and the centroids, with the SHA-256 of each; none in earlier manifests.
+    probes: cells that a query visits. recall: None where the search is exact. new_classes:
+    labels that the last version of another build did not have. files: the class table and the
+    centroids, with the SHA-256 of each; none in earlier manifests.
     """
 
     format: int
@@ -85,6 +86,7 @@ class Manifest(BaseModel):
     probes: int
     partitions: list[PartitionEntry]
     recall: Recall | None
+    new_classes: list[int] = []
     weights: WeightsEntry | None = None
     files: dict[str, str] = {}
     config: dict[str, Any]

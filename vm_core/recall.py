@@ -1,20 +1,16 @@
-"""How much of the exact answer an index finds, on queries that are no rows of it.
-
-The queries lie a third of the way from a row to its nearest neighbour: close to the data,
-as real queries are. Half-way the two would be equally near, and which of them comes first
-a matter of rounding.
-"""
+"""How much of the exact answer an index finds, on queries that are no rows of it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
-from pydantic import BaseModel
+from pydantic import BaseModel, model_validator
 
 from vm_core.errors import VisualMemoryError
+from vm_core.held_out import beside
 from vm_core.index.exact import top_k
 from vm_core.partitions import Members, Partition
 from vm_core.records import unit_interval
@@ -23,6 +19,7 @@ DEPTHS = (1, 10, 100)
 _DEPTH = DEPTHS[-1]
 _NEVER = np.iinfo(np.int32).max
 _PER_CLASS = 5  # with fewer queries a class's recall says little
+_NEW_QUERIES, _MOST_NEW_QUERIES = 20, 2_000
 
 
 class HeldOut(NamedTuple):
@@ -33,19 +30,32 @@ class HeldOut(NamedTuple):
 
 
 class ClassRecall(BaseModel):
-    """Recall at 10 of one class, or of several together."""
+    """Recall of one class, or of several together.
+
+    at: by depth. unmeasured: the labels, of these, that no held-out query has.
+    """
 
     labels: list[int]
     queries: int
-    recall: float
+    at: dict[int, float]
+    unmeasured: list[int] = []
+
+    @model_validator(mode="before")
+    @classmethod
+    def _at_10_alone(cls, value: Any) -> Any:
+        """Earlier manifests have recall at 10 and no other."""
+        if isinstance(value, dict) and "recall" in value:
+            rest = {name: each for name, each in value.items() if name != "recall"}
+            return {**rest, "at": {10: value["recall"]}}
+        return value
 
 
 class Recall(BaseModel):
     """Share of the exact nearest neighbours that the routed search finds.
 
-    at: by depth. worst_class: at 10, among classes with at least 5 queries. new_classes:
-    at 10, of the classes that the version before did not have. by_probes: at the greatest
-    depth, for the number of cells visited.
+    at: by depth. worst_class: the one that is worst at 10, among classes with at least 5
+    queries. new_classes: of the classes that the version before did not have, None if there
+    are none. by_probes: at the greatest depth, for the number of cells visited.
     """
 
     queries: int
@@ -68,29 +78,44 @@ class Hits:
     ranks: np.ndarray
 
 
-def held_out(
-    members: Members, class_counts: Mapping[int, int], queries: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """A partition's share of the memory's held-out queries: vectors (q, D) and labels (q,).
+def shares(
+    class_counts: Mapping[int, int], queries: int, new: Collection[int] = ()
+) -> dict[int, float]:
+    """The share of each class's rows that gives a held-out query.
 
-    Classes get about equally many, whatever their size; rows are chosen by their ids.
+    Classes get equally many, whatever their size; each of the new ones some 20 at least, of
+    2,000 for all of them.
     """
-    wanted = queries / max(1, len(class_counts))
-    share = {label: wanted / count for label, count in class_counts.items() if count}
+    each = queries / max(1, len(class_counts))
+    of_new = max(each, min(_NEW_QUERIES, _MOST_NEW_QUERIES / max(1, len(new))))
+    added = frozenset(new)
+    return {
+        label: min(1.0, (of_new if label in added else each) / count)
+        for label, count in class_counts.items()
+        if count
+    }
+
+
+def held_out(members: Members, shares: Mapping[int, float]) -> HeldOut:
+    """A partition's part of the memory's held-out queries; rows are chosen by their ids."""
     chosen = np.array(
         [
-            home and unit_interval(id, "recall") < share.get(label, 0)
+            home and unit_interval(id, "recall") < shares.get(label, 0)
             for id, label, home in zip(
                 members.ids, members.labels.tolist(), members.home.tolist(), strict=True
             )
         ],
         bool,
     )
-    rows = members.vectors[chosen].astype(np.float32)
-    nearest, _ = top_k(rows, members.vectors, min(2, len(members)))
-    other = members.vectors[nearest[:, -1:].ravel()].astype(np.float32) if len(rows) else rows
-    between = 2 * rows + other
-    return between / np.linalg.norm(between, axis=1, keepdims=True), members.labels[chosen]
+    return HeldOut(beside(members.vectors, chosen), members.labels[chosen])
+
+
+def weights(
+    labels: np.ndarray, class_counts: Mapping[int, int], queries: int, new: Collection[int]
+) -> np.ndarray:
+    """(Q,) float64: what a query counts overall, so that new classes count as others do."""
+    usual, taken = shares(class_counts, queries), shares(class_counts, queries, new)
+    return np.array([usual[label] / taken[label] for label in labels.tolist()], np.float64)
 
 
 def exact_and_found(partition: Partition, queries: np.ndarray, ranks: np.ndarray) -> Hits:
@@ -134,53 +159,77 @@ def nothing(queries: int) -> Hits:
     )
 
 
-def fewest_probes(hits: Hits, cells: int, coverage: float) -> int:
+def fewest_probes(hits: Hits, weights: np.ndarray, cells: int, coverage: float) -> int:
     """The fewest cells to visit that find ``coverage`` of what visiting all of them finds."""
-    found = [_recall(hits, probes, _DEPTH).mean() for probes in range(1, cells + 1)]
+    found = [_mean(hits, weights, probes, _DEPTH) for probes in range(1, cells + 1)]
     return 1 + int(np.argmax(np.array(found) >= coverage * found[-1]))
 
 
 def summarise(
-    hits: Hits, labels: np.ndarray, probes: int, cells: int, before: Iterable[int] | None
+    hits: Hits,
+    labels: np.ndarray,
+    weights: np.ndarray,
+    probes: int,
+    cells: int,
+    new: Collection[int] = (),
 ) -> Recall:
-    """Recall with so many probes. before: the labels of the version before, None without one."""
-    at_10 = _recall(hits, probes, 10)
+    """Recall with so many probes; 0 where there is no query.
+
+    labels: (Q,) int64. weights: (Q,) float64. new: the labels of newly added classes.
+    """
+    of_query = {depth: _recall(hits, probes, depth) for depth in DEPTHS}
+
+    def of_classes(chosen: np.ndarray) -> ClassRecall:
+        has_label = np.isin(labels, chosen)
+        return ClassRecall(
+            labels=chosen.tolist(),
+            queries=int(has_label.sum()),
+            at={
+                depth: float(found[has_label].mean()) if has_label.any() else 0.0
+                for depth, found in of_query.items()
+            },
+            unmeasured=np.setdiff1d(chosen, labels).tolist(),
+        )
+
     classes, owner, counts = np.unique(labels, return_inverse=True, return_counts=True)
-    means = np.bincount(owner, at_10, minlength=len(classes)) / np.maximum(counts, 1)
+    means = np.bincount(owner, of_query[10], minlength=len(classes)) / np.maximum(counts, 1)
     worst = None
     if len(enough := np.flatnonzero(counts >= _PER_CLASS)):
-        which = enough[np.argmin(means[enough])]
-        worst = ClassRecall(
-            labels=[int(classes[which])], queries=int(counts[which]), recall=float(means[which])
-        )
-    new = None
-    if before is not None and len(fresh := np.setdiff1d(classes, list(before))):
-        of_new = np.isin(labels, fresh)
-        new = ClassRecall(
-            labels=fresh.tolist(), queries=int(of_new.sum()), recall=float(at_10[of_new].mean())
-        )
+        worst = of_classes(classes[enough[np.argmin(means[enough])]][None])
     steps = sorted({n for n in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, probes, cells) if n <= cells})
     return Recall(
         queries=len(labels),
-        at={depth: float(_recall(hits, probes, depth).mean()) for depth in DEPTHS},
+        at={depth: _mean(hits, weights, probes, depth) for depth in DEPTHS},
         worst_class=worst,
-        new_classes=new,
-        by_probes={n: float(_recall(hits, n, _DEPTH).mean()) for n in steps},
+        new_classes=of_classes(np.array(sorted(new))) if new else None,
+        by_probes={n: _mean(hits, weights, n, _DEPTH) for n in steps},
     )
 
 
 def check(recall: Recall, minimum: float) -> None:
-    """Raises VisualMemoryError if recall at 10 is too low, overall or for the new classes."""
-    groups = {"the index": recall.at[10]}
+    """Raises VisualMemoryError if recall at 10 is too low, overall or for the new classes, or
+    could not be measured for any of these."""
+    groups: dict[str, Recall | ClassRecall] = {"the index": recall}
     if recall.new_classes is not None:
-        groups[f"the {len(recall.new_classes.labels)} new classes"] = recall.new_classes.recall
-    for name, value in groups.items():
-        if value < minimum:
+        groups[f"the {len(recall.new_classes.labels)} new classes"] = recall.new_classes
+    for name, group in groups.items():
+        if not group.queries:
             raise VisualMemoryError(
-                f"{name}: recall@10 is {value:.3f} on {recall.queries} held-out queries; "
+                f"{name}: no held-out query among {recall.queries}, so recall is unknown. Take "
+                "more of them (--set recall_queries=N), or use --set index.kind=exact"
+            )
+        if group.at[10] < minimum:
+            raise VisualMemoryError(
+                f"{name}: recall@10 is {group.at[10]:.3f} on {group.queries} held-out queries; "
                 f"minimum_recall is {minimum}. Search more (--set partitioning.probes=N, --set "
                 "index.leaves_to_search=N), use --set index.kind=exact, or lower minimum_recall"
             )
+
+
+def _mean(hits: Hits, weights: np.ndarray, probes: int, depth: int) -> float:
+    if not len(weights):
+        return 0.0
+    return float(np.average(_recall(hits, probes, depth), weights=weights))
 
 
 def _recall(hits: Hits, probes: int, depth: int) -> np.ndarray:

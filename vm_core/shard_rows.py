@@ -24,6 +24,7 @@ DTYPES = {
 }
 
 _CACHED_BYTES = 1 << 18  # vectors are converted in pieces that stay in the processor's cache
+_LENGTH_TOLERANCE = 1e-3  # vectors that were normalised in float16 are off by half of it
 _SUBNORMAL = np.array([2.0**-130], np.float32)
 
 
@@ -63,13 +64,31 @@ def decode(path: str, frames: Frames, layout: Layout, vectors: np.ndarray) -> Co
     columns = _decode_columns(frames, layout, vectors)
     if columns is None:
         columns = _decode_rows(path, frames, layout, vectors)
-    with np.errstate(over="ignore", invalid="ignore"):
-        suspects = np.flatnonzero(~np.isfinite(np.vecdot(vectors, vectors)))
-    for row in suspects:  # a sum of squares can overflow where no number is infinite
-        if not np.isfinite(vectors[row]).all():
-            cause = f"the vector of id {columns.ids[row]!r} holds NaN or infinity"
-            raise _bad_record(path, frames.first + int(row), cause)
+    if len(bad := unusable(vectors, layout.dtype)):
+        row = int(bad[0])
+        cause = why_unusable(columns.ids[row], vectors[row])
+        raise _bad_record(path, frames.first + row, cause)
     return columns
+
+
+def unusable(vectors: np.ndarray, dtype: str) -> np.ndarray:
+    """The rows (positions) that are not finite or not of unit length.
+
+    vectors: (N, D) float32, as they were before or after they were stored as ``dtype``, whose
+    rounding may change a length.
+    """
+    with np.errstate(over="ignore", invalid="ignore"):
+        lengths = np.sqrt(np.vecdot(vectors, vectors))
+    tolerance = _LENGTH_TOLERANCE + float(ml_dtypes.finfo(DTYPES[dtype]).eps) / 2
+    return np.flatnonzero(~(np.abs(lengths - 1) <= tolerance))
+
+
+def why_unusable(id: str, vector: np.ndarray) -> str:
+    """What is wrong with a vector (D,) that is unusable."""
+    if not np.isfinite(vector).all():
+        return f"the vector of id {id!r} holds NaN or infinity"
+    length = np.linalg.norm(vector.astype(np.float64))
+    return f"the vector of id {id!r} has length {length:.6g}, not 1: divide it by its length"
 
 
 def _decode_columns(frames: Frames, layout: Layout, vectors: np.ndarray) -> Columns | None:

@@ -6,7 +6,7 @@
     id           bytes   UTF-8, not empty, unique in the shard
     label        int64
     source       bytes   UTF-8, the data set the row came from
-    vector       bytes   D little-endian numbers of that dtype; one D per shard
+    vector       bytes   D little-endian numbers of that dtype, unit length; one D per shard
 
 Any TensorFlow program reads them (here a float32 shard):
 
@@ -37,7 +37,17 @@ from vm_core import storage
 from vm_core.errors import VisualMemoryError
 from vm_core.example_proto import BYTES, INT64, feature, varint
 from vm_core.records import EmbeddingBlock, strings
-from vm_core.shard_rows import DTYPES, Columns, Layout, Row, decode, parse_row, utf8
+from vm_core.shard_rows import (
+    DTYPES,
+    Columns,
+    Layout,
+    Row,
+    decode,
+    parse_row,
+    unusable,
+    utf8,
+    why_unusable,
+)
 from vm_core.tfrecord import Frames, read_frames, write_records
 
 BLOCK_ROWS = 4096
@@ -57,21 +67,21 @@ def write_shard(path: str, block: EmbeddingBlock, fingerprint: str, dtype: str) 
 
     Thumbnails are not part of it: they are a side table.
 
-    block: rows in ascending order of their ids, all different; finite vectors. Vectors
-    are rounded to ``dtype``, a key of DTYPES. VisualMemoryError if anything is amiss.
+    block: rows in ascending order of their ids, all different; vectors of unit length, within
+    0.001. They are rounded to ``dtype``, a key of DTYPES. VisualMemoryError if anything is
+    amiss.
     """
     if dtype not in DTYPES:
         raise VisualMemoryError(
             f"cannot store vectors as {dtype!r}: the dtypes of a shard are {', '.join(DTYPES)}"
         )
     _check_block(path, block)
-    with np.errstate(over="ignore"):  # what overflows float16 is reported below
-        vectors = np.ascontiguousarray(block.vectors).astype(DTYPES[dtype], copy=False)
-    if len(bad := np.flatnonzero(~np.isfinite(vectors).all(axis=1))):
+    if len(bad := unusable(block.vectors, dtype)):
         raise VisualMemoryError(
-            f"{path}: the vector of id {block.ids[bad[0]]!r} holds NaN or infinity as {dtype}: "
-            "send the row to quarantine before writing"
+            f"{path}: {why_unusable(block.ids[bad[0]], block.vectors[bad[0]])}, or send the row to "
+            "quarantine, before writing"
         )
+    vectors = np.ascontiguousarray(block.vectors).astype(DTYPES[dtype], copy=False)
     with storage.write_atomic(path) as file:
         hashing = _HashingWriter(file)
         records = _encode(block, vectors, fingerprint, dtype)
@@ -82,8 +92,9 @@ def write_shard(path: str, block: EmbeddingBlock, fingerprint: str, dtype: str) 
 def read_shard(path: str, expected_fingerprint: str | None = None) -> EmbeddingBlock:
     """The whole shard as one block; an empty shard gives vectors of shape (0, 0).
 
-    VisualMemoryError if the file is damaged, a record is not as above, or the
-    fingerprint is not the expected one.
+    VisualMemoryError if the file is damaged, a record is not as above, a vector is not of
+    unit length (within 0.001 and the dtype's rounding), or the fingerprint is not the
+    expected one.
     """
     for block in _blocks(path, None, expected_fingerprint):
         return block

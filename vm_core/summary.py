@@ -170,10 +170,14 @@ def _index(manifest: Manifest) -> str:
         recall = manifest.recall
         text += f"; recall on {recall.queries:,} held-out queries "
         text += ", ".join(f"@{k} {value:.3f}" for k, value in recall.at.items())
-        if recall.worst_class is not None:
-            text += f", worst class @10 {recall.worst_class.recall:.3f}"
-        if recall.new_classes is not None:
-            text += f", new classes @10 {recall.new_classes.recall:.3f}"
+        groups = {"worst class": recall.worst_class, "new classes": recall.new_classes}
+        for name, group in groups.items():
+            if group is not None:
+                text += f"; {name} " + ", ".join(
+                    f"@{k} {value:.3f}" for k, value in group.at.items()
+                )
+                if group.unmeasured:
+                    text += f" ({len(group.unmeasured):,} of {len(group.labels):,} without a query)"
     return text
 
 

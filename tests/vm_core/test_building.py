@@ -18,7 +18,9 @@ from vm_core.records import Embedded, EmbeddingBlock, strings
 ROWS, SHARDS = 600, 2
 
 
-def plan_of(root, probes=0, minimum_recall=0.05, partitioning=None, **settings) -> BuildPlan:
+def plan_of(
+    root, probes=0, minimum_recall=0.05, partitioning=None, classes=3, named=(), **settings
+) -> BuildPlan:
     """A build whose shards are made up; its sources and its encoder are never read."""
     config = BuildConfig.model_validate(
         {
@@ -34,13 +36,17 @@ def plan_of(root, probes=0, minimum_recall=0.05, partitioning=None, **settings) 
             **settings,
         }
     )
-    return BuildPlan(str(root), config, "print", ClassTable(), "made-up")
+    table = ClassTable.from_keys([named], {}) if named else ClassTable()
+    build = f"made-up-{classes}-{'-'.join(named)}"
+    before = building.classes_before(str(root), build)
+    return BuildPlan(str(root), config, "print", table, build, before)
 
 
 def build(plan: BuildPlan) -> Manifest:
     """The stages of a build, one after the other."""
     finished = building.finished_shards(plan)
-    entries = [finished.get(shard) or write_shard(plan, shard) for shard in range(SHARDS)]
+    classes = int(plan.fingerprint.split("-")[2])
+    entries = [finished.get(shard) or write_shard(plan, shard, classes) for shard in range(SHARDS)]
     index_plan = building.plan_index(plan, entries)
     for bundle in range(index_plan.bundles):
         indexing.sample_shards(index_plan, bundle)
@@ -53,13 +59,14 @@ def build(plan: BuildPlan) -> Manifest:
     return building.publish(plan, entries, built, reduce(recall.merge, hits))
 
 
-def write_shard(plan: BuildPlan, shard: int):
+def write_shard(plan: BuildPlan, shard: int, classes: int):
     generator = np.random.default_rng(shard)
     count = ROWS // SHARDS
     vectors = generator.normal(size=(count, 8)).astype(np.float32)
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     ids = strings([f"{shard}/{n:04d}" for n in range(count)])
-    block = EmbeddingBlock(ids, generator.integers(3, size=count), strings(["x"] * count), vectors)
+    labels = np.arange(shard, ROWS, SHARDS) % classes
+    block = EmbeddingBlock(ids, labels, strings(["x"] * count), vectors)
     return building.write_shard_files(plan, shard, [Embedded(block)])
 
 
@@ -100,6 +107,57 @@ def test_a_published_index_must_find_what_is_asked_now(tmp_path):
     more = plan_of(tmp_path, probes=99, minimum_recall=0.97)
     assert not building.is_published(more)
     assert build(more).recall.at[10] >= 0.97 and building.is_published(more)
+
+
+def test_new_classes_are_measured_where_there_are_more_classes_than_queries(tmp_path):
+    """Of 200 classes with 3 rows each, 5 are new; 10 queries alone would hardly meet them."""
+    first = build(plan_of(tmp_path, probes=99, classes=195, recall_queries=10))
+    assert first.recall.new_classes is None and first.new_classes == []
+    again = plan_of(tmp_path, probes=3, classes=195, recall_queries=10)
+    assert build(again).partitions == first.partitions  # its own classes are not new to it
+    plan = plan_of(tmp_path, probes=99, classes=200, recall_queries=10)
+    assert not building.is_published(plan)
+    second = build(plan)
+    new = second.recall.new_classes
+    assert new.labels == second.new_classes == [195, 196, 197, 198, 199]
+    assert new.queries == 15 and new.unmeasured == []  # all the rows that they have
+    assert new.at == {1: 1.0, 10: 1.0, 100: 1.0} == second.recall.at
+    # Now it is the version before itself, and still the same.
+    for same in (plan, plan_of(tmp_path, probes=99, classes=200, recall_queries=10)):
+        assert building.is_published(same) and build(same) == second
+    fewer = build(plan_of(tmp_path, probes=1, classes=200, recall_queries=10))
+    assert fewer.partitions == second.partitions and fewer.new_classes == second.new_classes
+    assert fewer.recall.new_classes.at[10] < 1
+
+
+def test_an_index_that_loses_the_new_classes_is_not_published(tmp_path, monkeypatch):
+    build(plan_of(tmp_path, probes=99, classes=195, recall_queries=100))
+    search = indexing.search_held_out
+
+    def losing(plan, queries, cells, entry):
+        hits = search(plan, queries, cells, entry)
+        hits.ranks[queries.labels >= 195] = 9_999
+        return hits
+
+    monkeypatch.setattr(indexing, "search_held_out", losing)
+    plan = plan_of(tmp_path, probes=99, classes=200, recall_queries=100, minimum_recall=0.9)
+    with pytest.raises(VisualMemoryError, match=r"the 5 new classes: recall@10 is 0\.000 on 15 he"):
+        build(plan)
+    assert Memory(str(tmp_path)).manifest.version == "000001"
+
+
+def test_new_classes_are_known_by_their_keys(tmp_path):
+    """A class that sorts first shifts the labels of all others."""
+    build(plan_of(tmp_path, classes=2, named=("lily", "rose")))
+    manifest = build(plan_of(tmp_path, classes=3, named=("iris", "lily", "rose")))
+    assert manifest.new_classes == manifest.recall.new_classes.labels == [0]
+
+
+def test_scann_over_few_rows_is_searched_exactly(tmp_path):
+    """Whole, 600 rows are too few for ScaNN; so are the parts of any memory, if uneven."""
+    manifest = build(plan_of(tmp_path, index={"kind": "scann"}, probes=99))
+    assert {entry.index.kind for entry in manifest.partitions} == {"exact"}
+    assert manifest.recall.at[10] == 1
 
 
 def test_weights_stay_with_their_partitions(tmp_path):

@@ -320,7 +320,9 @@ def test_held_out_queries_are_found_where_all_cells_are_visited(tmp_path):
     hits = recall.nothing(len(queries.labels))
     for entry in entries:
         hits = recall.merge(hits, indexing.search_held_out(plan, queries, cells, entry))
-    summary = recall.summarise(hits, queries.labels, plan.cells, plan.cells, None)
+    summary = recall.summarise(
+        hits, queries.labels, np.ones(len(queries.labels)), plan.cells, plan.cells
+    )
     assert summary.at == {1: 1.0, 10: 1.0, 100: 1.0}
     assert summary.by_probes[1] < summary.by_probes[2] < 1
     expected, _ = top_k(queries.vectors, block(7).vectors, 100)

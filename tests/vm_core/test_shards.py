@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import io
 import re
@@ -334,11 +335,36 @@ def test_float16_infinity_is_refused(path):
         read_shard(store(path, records))
 
 
-def test_large_finite_vectors_are_read(path):
-    block = make_block(["a", "b"])
-    block.vectors[1] = 1e30
-    write_shard(path, block, FINGERPRINT, "float32")
-    assert_same(read_shard(path), block)
+@pytest.mark.parametrize(("factor", "text"), [(3, "3"), (1.01, "1.01"), (0, "0"), (1e30, "1e+30")])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_vectors_that_are_not_of_unit_length_are_refused(path, tmp_path, factor, text, dtype):
+    block = make_block(["a", "b", "c"])
+    write_shard(path, block, FINGERPRINT, dtype)
+    records = stored_records(path)
+    scaled = (block.vectors[1] * np.float32(factor)).astype(DTYPES[dtype])
+    records[1] = altered(records[1], vector=scaled.tobytes())
+    with pytest.raises(VisualMemoryError, match=r"record 1 .*id 'b' has length .*, not 1: divide"):
+        read_shard(store(path, records))
+    block.vectors[1] *= factor
+    with pytest.raises(VisualMemoryError, match=f"id 'b' has length {re.escape(text)}, not 1: di"):
+        write_shard(str(tmp_path / "other"), block, FINGERPRINT, dtype)
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("dtype", list(DTYPES))
+@pytest.mark.parametrize("dimension", [1, 3, 384, 4096])
+def test_rounding_is_no_other_length(path, dtype, dimension):
+    generator = np.random.default_rng(dimension)
+    # Equal components are all rounded the same way: the most that a dtype can do to a length.
+    vectors = np.stack([generator.normal(size=dimension), np.ones(dimension), np.eye(dimension)[0]])
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    halves = vectors.astype(np.float16)  # as encoders that compute in it give them
+    for given_vectors in (vectors, halves):
+        block = dataclasses.replace(
+            make_block(["a", "b", "c"], dimension), vectors=given_vectors.astype(np.float32)
+        )
+        write_shard(path, block, FINGERPRINT, dtype)
+        assert_same(read_shard(path), block, dtype)
 
 
 def test_unexpected_fingerprint(path):
@@ -379,8 +405,8 @@ def test_blocks_that_cannot_be_written(path):
                     FINGERPRINT, "float32")  # fmt: skip
     with pytest.raises(VisualMemoryError, match=r"give an \(N, D\) matrix"):
         write_shard(path, make_block(["a"], 0), FINGERPRINT, "float32")
-    block.vectors[1, 3] = 70_000
-    with pytest.raises(VisualMemoryError, match="id 'b' holds NaN or infinity as float16"):
+    block.vectors[1, 3] = np.inf
+    with pytest.raises(VisualMemoryError, match="id 'b' holds NaN or infinity, or send the row"):
         write_shard(path, block, FINGERPRINT, "float16")
     with pytest.raises(VisualMemoryError, match="blocks of 0 rows"):
         read_blocks(path, 0)

@@ -42,8 +42,8 @@ def memory():
         recall=Recall(
             queries=9,
             at={10: 0.98765},
-            worst_class=ClassRecall(labels=[1], queries=5, recall=0.5),
-            new_classes=None,
+            worst_class=ClassRecall(labels=[1], queries=5, at={1: 1.0, 10: 0.5}),
+            new_classes=ClassRecall(labels=[1, 2], queries=5, at={10: 0.5}, unmeasured=[2]),
             by_probes={},
         ),
         total=counts.__getitem__,
@@ -60,7 +60,9 @@ def test_of_memory(memory):
     text = shown(summary.of_memory(memory, classes=2))
     assert "1,234 read = 1,200 embedded + 30 quarantined + 4 duplicates" in text
     assert "scann, exact; 2 partitions of 100 to 1,100 rows, 2 visited by a query" in text
-    assert "recall on 9 held-out queries @10 0.988, worst class @10 0.500" in " ".join(text.split())
+    line = " ".join(text.split())
+    assert "recall on 9 held-out queries @10 0.988; worst class @1 1.000, @10 0.500" in line
+    assert "new classes @10 0.500 (1 of 2 without a query)" in line
     assert "12 items removed, 1,034 weigh otherwise than 1; made from version 000001" in text
     assert "5.0 GB" in text
     for name in ("[red]roses", "[/bold]", "[/i]flowers", "[/i] damaged", "[/x]memory", "[/]model"):

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from vm_core.errors import VisualMemoryError
+from vm_core.held_out import beside
 from vm_core.index import TopK
 from vm_core.index.exact import top_k
 
@@ -53,7 +54,10 @@ def tune(
     The ladder of settings goes up by half at a time, to all leaves. Raises
     VisualMemoryError if no setting will do.
     """
-    queries = held_out(vectors)
+    chosen = np.random.default_rng(0).choice(
+        len(vectors), min(_QUERIES, len(vectors)), replace=False
+    )
+    queries = beside(vectors, np.sort(chosen))
     farthest = top_k(queries, vectors, _DEPTH)[1][:, -1:]
 
     def run(setting: Setting) -> tuple[np.ndarray, float]:
@@ -87,19 +91,6 @@ def tune(
     times = [median(of_one) for of_one in zip(*rounds, strict=True)]
     timed = [each._replace(milliseconds=ms) for each, ms in zip(good, times, strict=True)]
     return min(timed, key=lambda each: each.milliseconds)
-
-
-def held_out(vectors: np.ndarray) -> np.ndarray:
-    """(Q, D) float32 unit queries, a third of the way from random rows to their nearest ones.
-
-    vectors: (N, D), at least 2 rows. Always the same for the same vectors.
-    """
-    generator = np.random.default_rng(0)
-    chosen = generator.choice(len(vectors), min(_QUERIES, len(vectors)), replace=False)
-    rows = vectors[np.sort(chosen)].astype(np.float32)
-    nearest, _ = top_k(rows, vectors, 2)
-    between = 2 * rows + vectors[nearest[:, 1]].astype(np.float32)
-    return between / np.linalg.norm(between, axis=1, keepdims=True)
 
 
 def _ladder(leaves: int) -> Iterator[int]:

@@ -19,4 +19,4 @@ class Plugin(Index):
     scann: Scann = Scann()
 
     def choose(self, rows: int) -> Index:
-        return exact.Plugin() if rows < self.exact_below else self.scann
+        return exact.Plugin() if rows < self.exact_below else self.scann.choose(rows)

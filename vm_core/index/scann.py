@@ -16,6 +16,7 @@ from pydantic import Field, model_validator
 from vm_core.errors import VisualMemoryError
 from vm_core.index import Index, TopK
 from vm_core.index._tuning import Setting, tune
+from vm_core.index.exact import Plugin as Exact
 
 ReorderDtype = Literal["float32", "bfloat16", "int8"]
 
@@ -41,6 +42,8 @@ class Tuned(NamedTuple):
 
 class Plugin(Index):
     """A tree over the rows, anisotropic hashing in its leaves, re-ranking.
+
+    A partition of under 1,000 rows, too few to learn a codebook from, is searched exactly.
 
     leaves: at 0 about the square root of the number of rows.
     leaves_to_search: at 0 twice the square root of the leaves, at least 25.
@@ -88,12 +91,10 @@ class Plugin(Index):
     def _tunes(self) -> bool:
         return self.target_recall is not None or self.maximum_milliseconds is not None
 
+    def choose(self, rows: int) -> Index:
+        return Exact() if rows < _MINIMUM_ROWS else self
+
     def build(self, vectors: np.ndarray, folder: str) -> None:
-        if len(vectors) < _MINIMUM_ROWS:
-            raise VisualMemoryError(
-                f"a ScaNN index needs at least {_MINIMUM_ROWS:,} rows to learn its codebook; the "
-                f"partition has {len(vectors):,}. Use index.kind = exact or auto"
-            )
         leaves = self.leaves or round(math.sqrt(len(vectors)))
         to_search = min(leaves, self.leaves_to_search or _leaves_to_search(leaves))
         count, dimension = vectors.shape

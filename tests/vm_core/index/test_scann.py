@@ -183,15 +183,6 @@ def test_the_ladder_goes_up_to_all_leaves():
     assert list(_tuning._ladder(1)) == [1]
 
 
-def test_held_out_queries_are_nearest_to_the_row_they_come_from(vectors):
-    queries = _tuning.held_out(vectors)
-    assert queries.shape == (500, 32) and queries.dtype == np.float32
-    np.testing.assert_allclose(np.linalg.norm(queries, axis=1), 1, atol=1e-6)
-    nearest, distances = exact.top_k(queries, vectors, 1)
-    assert len(np.unique(nearest)) > 450 and (distances > 1e-4).all()
-    np.testing.assert_array_equal(queries, _tuning.held_out(vectors))
-
-
 @pytest.mark.parametrize(
     "rows, leaves", [(1_000, 25), (20_000, 25), (100_000, 36), (1_000_000, 64)]
 )
@@ -229,16 +220,14 @@ def test_a_missing_scann_is_named_when_it_is_opened(vectors, tmp_path, monkeypat
         scann.Plugin().open(vectors, str(tmp_path))
 
 
-def test_too_few_rows(vectors, tmp_path):
-    with pytest.raises(VisualMemoryError, match=r"at least 1,000 rows.*partition has 999"):
-        scann.Plugin().build(vectors[:999], str(tmp_path))
-
-
-def test_auto_chooses_by_the_number_of_rows():
-    assert auto.Plugin().choose(19_999).kind == "exact"
+def test_exact_or_scann_is_chosen_by_the_number_of_rows():
+    assert auto.Plugin().choose(19_999) == exact.Plugin()
     assert auto.Plugin().choose(20_000) == scann.Plugin()
-    settings = {"kind": "auto", "exact_below": 5, "scann": {"target_recall": 0.95}}
-    assert index.parse(settings).choose(5) == scann.Plugin(target_recall=0.95)
+    tuned = scann.Plugin(target_recall=0.95)
+    earlier = index.parse({"kind": "auto", "exact_below": 5, "scann": {"target_recall": 0.95}})
+    for asked in (tuned, earlier):
+        assert asked.choose(999) == exact.Plugin()  # ScaNN cannot learn from so few
+        assert asked.choose(1_000) == tuned
 
 
 def test_unknown_kinds_and_settings_are_named():
