@@ -141,23 +141,24 @@ def plan_build(config: BuildConfig) -> tuple[BuildPlan, list[tuple[int, Split]]]
         "splits": [(i, split.version) for i, split in splits],
     }
     fingerprint = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
-    before = classes_before(root, fingerprint)
+    before = classes_before(root, fingerprint, classes)
     return BuildPlan(root, config, encoder_fingerprint, classes, fingerprint, before), splits
 
 
-def classes_before(root: str, fingerprint: str) -> frozenset[str] | None:
+def classes_before(root: str, fingerprint: str, classes: ClassTable) -> frozenset[str] | None:
     """The keys of the classes that the current version has, None without one.
 
     Where that is a version of this very build, without the classes that were new in it: they
-    still are, and so the index is the same one.
+    still are, and so the index is the same one. Then its table is ``classes``, and the file
+    may have been removed to be made again.
     """
     if memory.current_version(root) is None:
         return None
     current = memory.Memory(root)
     labels = set(current.manifest.class_counts())
-    if current.manifest.build == fingerprint:
-        labels -= set(current.manifest.new_classes)
-    return frozenset(map(current.classes.key, labels))
+    if current.manifest.build != fingerprint:
+        return frozenset(map(current.classes.key, labels))
+    return frozenset(map(classes.key, labels - set(current.manifest.new_classes)))
 
 
 def finished_shards(plan: BuildPlan) -> dict[int, ShardEntry]:
