@@ -1,22 +1,13 @@
 """Measures what things cost on this machine, for ``visual-memory plan``.
 
-    python -m benchmarks.calibrate [--out calibration.json]
-    python -m benchmarks.calibrate --check [--sizes 20000,60000,180000] [--dimension 128]
+    python -m benchmarks.calibrate [--out calibration.json] [--no-encoder]
 
 Everything runs on one core and is measured in that core's seconds, so that other work on
 the machine counts little; ``scaling`` says what all cores do together. Costs are those of
 the functions that the pipelines call: plain rates from one size, costs with a fixed and a
 growing part from several, solved for non-negative parts. Medians of three, of which only
-ScaNN's builds are single. About a minute.
-
---check calibrates, then makes memories of three sizes through the real stages, each stage
-in a process of its own: shards, sample, centroids, assignment, partitions (ScaNN), search
-and votes (benchmarks.plan_check). It compares elapsed seconds, core seconds, bytes on disk
-and peak memory with the plan's. ``ratio`` is the median of predicted over measured elapsed
-seconds; all the others are printed and listed.
-
-Expected: bytes within some percent, core seconds within a third, since the sizes between
-and beyond those measured follow the formulas. Elapsed seconds follow on a quiet machine.
+ScaNN's builds are single. About a minute. ``benchmarks.plan_check`` holds plans made with the
+constants against real runs.
 """
 
 from __future__ import annotations
@@ -410,36 +401,23 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", help="write the constants to this file")
-    parser.add_argument("--calibration", help="with --check: use this file, measure nothing anew")
-    parser.add_argument("--check", action="store_true", help="compare plans with real runs")
-    parser.add_argument("--sizes", default="20000,60000,180000", help="rows of the check's runs")
-    parser.add_argument("--dimension", type=int, default=128)
     parser.add_argument("--no-encoder", action="store_true", help="do not measure the encoder")
     options = parser.parse_args()
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
-        if options.calibration:
-            constants = calibration.load(options.calibration)
-        else:
-            constants = calibrate(folder, not (options.no_encoder or options.check))
+        constants = calibrate(folder, not options.no_encoder)
         if options.out:
             calibration.save(options.out, constants)
-        if options.check:
-            from benchmarks.plan_check import check
-
-            sizes = [int(size) for size in options.sizes.split(",")]
-            check(constants, sizes, options.dimension, folder)
-        else:
-            measured = {name: getattr(constants, name) for name in sorted(constants.measured)}
-            summary: dict[str, Any] = {
-                "name": "calibrate",
-                "ratio": None,
-                "peer": None,
-                "constants": measured,
-            }
-            summary["seconds"] = round(time.perf_counter() - start, 1)
-            print(json.dumps({**summary, "machine": constants.machine}))
+        measured = {name: getattr(constants, name) for name in sorted(constants.measured)}
+        summary: dict[str, Any] = {
+            "name": "calibrate",
+            "ratio": None,
+            "peer": None,
+            "constants": measured,
+        }
+        summary["seconds"] = round(time.perf_counter() - start, 1)
+        print(json.dumps({**summary, "machine": constants.machine}))
 
 
 if __name__ == "__main__":

@@ -57,7 +57,7 @@ from vm_core.encoders import Encoder
 from vm_core.index.exact import top_k
 from vm_core.item_scores import Lists
 from vm_core.partitions import Members, Partition
-from vm_core.pruning import HARD_THRESHOLD, SCORES_SCHEMA, hard, soft, worst_share
+from vm_core.pruning import HARD_THRESHOLD, hard, scores_of, soft, worst_share
 from vm_core.records import EmbeddingBlock, unit_interval
 from vm_core.search import search_partition
 from vm_core.sources import Source
@@ -109,7 +109,7 @@ def mislabelled(labels: np.ndarray, rate: float, rng: np.random.Generator) -> np
 def item_tables(
     ids: np.ndarray, labels: np.ndarray, rows: np.ndarray, distances: np.ndarray
 ) -> dict[str, pa.Table]:
-    """Leave-one-out scores by name, each of SCORES_SCHEMA, from (N, K) nearest other rows."""
+    """Leave-one-out scores by name, as pruning has them, from (N, K) nearest other rows."""
     lists = Lists(rows, distances, (rows >= 0) & (labels[rows] == labels[:, None]))
     complete = lists.lengths == len(ids) - 1
     values = item_scores.shapley(lists.correct, lists.lengths, complete, K)
@@ -120,10 +120,8 @@ def item_tables(
     counted = scores["correct_at_100"] + scores["wrong_at_100"]
     # Nobody's neighbour: nothing speaks against it.
     scores["reliability"] = np.where(counted, scores["correct_at_100"] / np.maximum(counted, 1), 1)
-    return {
-        name: pa.table([pa.array(ids, pa.string()), scores[name]], schema=SCORES_SCHEMA)
-        for name in HIGHEST_IS_WORST
-    }
+    table = pa.table({"id": pa.array(ids, pa.string()), **scores})
+    return {name: scores_of([table], name, ties=True) for name in HIGHEST_IS_WORST}
 
 
 def found_share(badness: np.ndarray, wrong: np.ndarray, rng: np.random.Generator) -> float:
@@ -168,7 +166,9 @@ class Accuracy:
         members = Members(np.arange(count), names, labels, np.ones(count, bool), block.vectors)
         partition = Partition(members, lambda queries, k: top_k(queries, block.vectors, k))
         if pruned is not None:
-            partition = weights.apply(partition, pruned)
+            columns = [names.take(pruned["row"].combine_chunks()), pruned["weight"]]
+            items = pa.table(columns, schema=weights.WEIGHTS_SCHEMA)
+            partition = weights.apply(partition, items)
         found = search_partition(partition, self._queries, K)
         votes = vote(found.labels, found.distances, ["rank"], multiplier=found.weights)["rank"]
         right = votes.predictions[:, -1] == self._queries.labels

@@ -165,12 +165,9 @@ def run(
     metrics = results.finished(plan)
     if metrics is not None:
         return metrics
-    queries = plan.config.queries
-    running.check_reachable(
-        beam_arguments, plan.memory.root, plan.output, *(source.path for source in queries)
-    )
-    storage.check_writable(plan.output)
+    check_places(plan, beam_arguments)
     results.remove_outdated(plan)
+    queries = plan.config.queries
     known, files = 0, work
     if queries:
         known = sum(queries[i].expected(split) for i, split in work)
@@ -185,6 +182,17 @@ def run(
     if metrics is None:
         raise VisualMemoryError(f"the pipeline ended without results in {plan.output}")
     return metrics
+
+
+def check_places(plan: EvaluationPlan, beam_arguments: Sequence[str]) -> None:
+    """Raises VisualMemoryError where workers cannot read what they need, or nobody can write."""
+    running.check_reachable(
+        beam_arguments,
+        plan.memory.root,
+        plan.output,
+        *(source.path for source in plan.config.queries),
+    )
+    storage.check_writable(plan.output)
 
 
 def parser() -> argparse.ArgumentParser:

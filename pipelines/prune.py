@@ -21,7 +21,7 @@ from rich.text import Text
 from pipelines import commands, evaluate, running, score
 from vm_core import config, evaluation, plugins, pruning, sources, storage
 from vm_core.errors import VisualMemoryError
-from vm_core.evaluation import EvaluationConfig
+from vm_core.evaluation import EvaluationConfig, EvaluationPlan
 from vm_core.leave_one_out import LeaveOneOutConfig
 from vm_core.memory import Manifest, Memory
 from vm_core.pruning import PruneConfig
@@ -51,12 +51,15 @@ def prune(
 
     It starts from the items without the weights of an earlier pruning, and replaces those.
     A dry run does all but publish: its side tables stay, and no version refers to them.
+    What is wrong with the evaluation's settings or its queries is told before any work.
     """
     memory = Memory(configuration.memory)
     base = memory.with_manifest(pruning.unweighted(memory.manifest))
+    planned = None
+    if configuration.evaluation:
+        planned = _plan_evaluation(configuration.evaluation, base, beam_arguments)
     if configuration.scores:
-        scores = pruning.read_scores(configuration.scores, configuration.column)
-        pruning.check_ids(base, scores)
+        scores = pruning.scores_of_file(base, configuration)
     else:
         scores = _leave_one_out(configuration, base, beam_arguments)
     pruned = pruning.stage(base, configuration.weights(scores), configuration.recipe)
@@ -64,15 +67,19 @@ def prune(
     assert weights is not None
     changes = bool(weights.removed or weights.weighted)
     before = after = None
-    if configuration.evaluation and changes:
-        settings = dict(configuration.evaluation)
-        work = pruned.path(f"work/prune-{weights.folder.rpartition('/')[2]}")
-        output = settings.pop("output", None) or work
+    if planned and changes:
+        plan, queries = planned
+        scratch = pruned.path(f"work/prune-{weights.folder.rpartition('/')[2]}")
+        output = plan.output if configuration.evaluation.get("output") else scratch
+        plan = replace(plan, checkpoints=scratch)
         before, after = (
-            _measure(settings, version, storage.join(output, name), beam_arguments, name)
+            _measure(
+                replace(plan, memory=version, output=storage.join(output, name)),
+                *(queries, beam_arguments, name),
+            )
             for name, version in (("before", base), ("after", pruned))
         )
-        storage.remove_directory(work)
+        storage.remove_directory(scratch)
     version = None
     if changes and not dry_run:
         published = pruning.publish_staged(pruned, memory.manifest.version)
@@ -89,23 +96,34 @@ def _leave_one_out(
         LeaveOneOutConfig, configuration.leave_one_out_settings | settings, "leave_one_out"
     )
     results = score.run(scoring, beam_arguments, base)
-    return pruning.scores_of(read_scores(base, results["fingerprint"]), configuration.column)
+    tables = read_scores(base, results["fingerprint"])
+    return pruning.scores_of(tables, configuration.column, ties=configuration.share is not None)
+
+
+def _plan_evaluation(
+    settings: dict[str, Any], base: Memory, beam_arguments: Sequence[str]
+) -> tuple[EvaluationPlan, list[Any]]:
+    """The evaluation of the memory before it is pruned, and its queries."""
+    given = {**settings, "memory": base.root, "version": base.manifest.version}
+    given["output"] = settings.get("output") or base.path("work")
+    config = plugins.validate(EvaluationConfig, given, "evaluation")
+    if not config.tuning_share:
+        raise VisualMemoryError(
+            "with evaluation.tuning_share = 0 none of the queries is a tuning query, and the "
+            "others are not for choosing how to prune. Give a share above 0"
+        )
+    plan, queries = evaluation.plan_evaluation(config)
+    evaluate.check_places(plan, beam_arguments)
+    return plan, queries
 
 
 def _measure(
-    settings: dict[str, Any],
-    memory: Memory,
-    output: str,
-    beam_arguments: Sequence[str],
-    name: str,
+    plan: EvaluationPlan, queries: Sequence[Any], beam_arguments: Sequence[str], name: str
 ) -> dict[str, Any]:
     """Metrics of the tuning queries alone: the test queries are not for choosing by them."""
-    base = pruning.unweighted(memory.manifest)
-    given = settings | {"memory": memory.root, "version": base.version, "output": output}
-    plan, work = evaluation.plan_evaluation(plugins.validate(EvaluationConfig, given, "evaluation"))
-    fingerprint = f"{plan.fingerprint}-{memory.manifest.content_digest[:16]}"
-    plan = replace(plan, memory=memory, fingerprint=fingerprint)
-    results = evaluate.run(plan, work, beam_arguments, f"evaluate-{name}")
+    fingerprint = f"{plan.fingerprint}-{plan.memory.manifest.content_digest[:16]}"
+    plan = replace(plan, fingerprint=fingerprint)
+    results = evaluate.run(plan, queries, beam_arguments, f"evaluate-{name}")
     if results["tuning"] is None:
         raise VisualMemoryError(
             f"none of the {results['queries']['embedded']:,} queries is a tuning query, and the "

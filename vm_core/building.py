@@ -366,6 +366,8 @@ def _with_weights(root: str, manifest: Manifest) -> Manifest:
     how = dict(current.weights.settings)
     if "scores" in how:
         how["score_column"] = how.pop("by", "score")
+    inside = how.pop("leave_one_out", {})
+    how |= {f"leave_one_out.{name}": value for name, value in inside.items()}
     options = [f"--set {shlex.quote(f'{name}={value}')}" for name, value in how.items()]
     _log.warning(
         "version %s of %s is pruned (%d items removed, %d weighted); the new version has other "

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pydantic import Field, SerializeAsAny, field_validator, model_validator
 
@@ -56,7 +57,8 @@ class EvaluationConfig(plugins.Settings):
 
     memory, version: what is evaluated; the current version if none is named.
     queries: sources of images; or embeddings: a glob pattern of embedding shards of the
-    same encoder; or leave_one_out: every item of the memory against all the others.
+    same encoder; or leave_one_out: every item of the memory against all the others,
+    except items that a pruning has removed.
     output: a folder for the results. k: neighbours per query. tuning_share: share of
     the queries that choose k and are not part of the reported accuracy. fixed_k: the
     k reported besides. probes: cells of the index that a query visits, the memory's own
@@ -98,6 +100,10 @@ class EvaluationConfig(plugins.Settings):
             raise ValueError("give one of queries, embeddings and leave_one_out")
         if self.headline_voter not in VOTERS:
             raise ValueError(f"headline_voter must be one of {', '.join(VOTERS)}")
+        try:
+            _ = self.vote_parameters
+        except VisualMemoryError as error:
+            raise ValueError(str(error)) from None
         return self
 
     @property
@@ -111,6 +117,8 @@ class EvaluationPlan:
 
     ``fingerprint`` covers the memory, the queries and all settings, ``embedding_fingerprint``
     what the queries' embeddings depend on: with other settings they are not made again.
+    checkpoints: a folder that keeps the embeddings for another evaluation of the same
+    queries; None if they are removed at the end.
     """
 
     config: EvaluationConfig
@@ -119,6 +127,7 @@ class EvaluationPlan:
     output: str
     fingerprint: str
     embedding_fingerprint: str
+    checkpoints: str | None = None
 
     @property
     def embedding(self) -> EmbedPlan:
@@ -127,7 +136,7 @@ class EvaluationPlan:
             self.memory.classes,
             self.encoder,
             self.config.images,
-            storage.join(self.output, "work", self.embedding_fingerprint),
+            storage.join(self.checkpoints or self.path("work"), self.embedding_fingerprint),
         )
 
     def path(self, name: str) -> str:
@@ -247,10 +256,15 @@ class Part(NamedTuple):
 def gather_queries(plan: EvaluationPlan, shard: int, parts: Iterable[Embedded]) -> Gathered:
     """The queries of a shard, each once, in the order of their ids.
 
-    A label that the memory does not know becomes UNKNOWN.
+    A label that the memory does not know becomes UNKNOWN. In leave-one-out an item that was
+    removed from the memory is no query of it, and in none of the totals.
     """
     embedded, duplicates = gather(parts)
     block = embedded.block
+    if plan.config.leave_one_out:
+        ids = pa.array(block.ids, pa.large_string())
+        gone = pc.is_in(ids, value_set=plan.memory.removed_ids())
+        block = block.take(~gone.to_numpy(zero_copy_only=False))
     known = np.isin(block.labels, _labels(plan))
     block = replace(block, labels=np.where(known, block.labels, UNKNOWN))
     measure.count("done_queries", len(block))

@@ -396,14 +396,6 @@ def open_partition(root: str, entry: PartitionEntry) -> Partition:
         return partition
 
 
-def read_members(root: str, entry: PartitionEntry) -> Members:
-    """The rows of a partition without its index. Raises as ``_local_files``."""
-    with _local_files(root, entry, partitions.MEMBERS) as local:
-        members = partitions.read_members(local)
-        _check_count(root, entry, members)
-        return members
-
-
 @contextlib.contextmanager
 def _local_files(
     root: str, entry: PartitionEntry, names: Sequence[str] | None = None

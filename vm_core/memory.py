@@ -17,6 +17,7 @@ work/FINGERPRINT/            checkpoints of an unfinished build
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 from collections.abc import Iterable, Sequence
@@ -24,15 +25,16 @@ from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import BaseModel, SerializeAsAny, field_validator
 
-from vm_core import encoders, indexing, storage, weights
+from vm_core import encoders, indexing, partitions, storage, weights
 from vm_core.classes import ClassTable
 from vm_core.encoders import Encoder
 from vm_core.errors import VisualMemoryError
 from vm_core.indexing import PartitionEntry
-from vm_core.partitions import Members, Partition
+from vm_core.partitions import Partition
 from vm_core.recall import Recall
 from vm_core.records import shard_of
 from vm_core.search import PartitionCache, Router, Searcher
@@ -187,9 +189,17 @@ class Memory:
         """(shards + 1,) int64: the number of each shard's first row, and of all rows."""
         return np.cumsum([0, *(shard.embedded for shard in self.manifest.shards)])
 
-    def members(self, number: int) -> Members:
-        """The rows of one partition, without its index."""
-        return indexing.read_members(self.root, self.manifest.partitions[number])
+    def rows(self, number: int) -> pa.Table:
+        """The rows of one partition, of partitions.ROWS_SCHEMA. Raises if they are damaged."""
+        entry = self.manifest.partitions[number]
+        path = storage.join(self.root, entry.folder, partitions.ROWS)
+        data = storage.read_if_exists(path) or b""
+        if hashlib.sha256(data).hexdigest() != entry.files[partitions.ROWS]:
+            raise VisualMemoryError(
+                f"{path} is missing or damaged: it is not what the manifest says. Restore it, or "
+                "build the memory again"
+            )
+        return partitions.read_rows(pa.BufferReader(data))
 
     def open_partition(self, number: int) -> Partition:
         """Loads one partition of the index, ready to search."""
@@ -197,6 +207,13 @@ class Memory:
         if self.manifest.weights is None:
             return partition
         return weights.apply(partition, weights.read(self.root, self.manifest.weights, number))
+
+    def removed_ids(self) -> pa.ChunkedArray:
+        """Ids of the items that a pruning has removed, as large_string; some more than once."""
+        manifest = self.manifest
+        if manifest.weights is None or not manifest.weights.removed:
+            return pa.chunked_array([], pa.large_string())
+        return weights.removed_ids(self.root, manifest.weights, len(manifest.partitions))
 
     def router(self, probes: int | None = None) -> Router:
         """What sends queries to partitions; to the manifest's number of cells if None."""

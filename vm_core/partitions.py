@@ -13,6 +13,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -23,9 +24,7 @@ from vm_core.index import Index, TopK
 from vm_core.records import strings
 from vm_core.shard_rows import DTYPES
 
-_ROWS, _VECTORS = "rows.parquet", "vectors.npy"
-MEMBERS = (_ROWS, _VECTORS)
-"""The files that ``read_members`` needs."""
+ROWS, _VECTORS = "rows.parquet", "vectors.npy"
 
 _PYTHON_STRING = 57  # bytes of an empty one and of the pointer to it
 
@@ -112,7 +111,7 @@ def write(folder: str, members: Members) -> None:
     table = pa.table(
         [members.rows, members.names, members.labels, members.home], schema=ROWS_SCHEMA
     )
-    pq.write_table(table, os.path.join(folder, _ROWS))
+    pq.write_table(table, os.path.join(folder, ROWS))
     np.save(os.path.join(folder, _VECTORS), storable(members.vectors))
 
 
@@ -121,10 +120,20 @@ def storable(vectors: np.ndarray) -> np.ndarray:
     return vectors.view(np.uint16) if vectors.dtype == DTYPES["bfloat16"] else vectors
 
 
-def read_members(folder: str) -> Members:
-    """Reads the members of a partition in a local folder; their vectors are mapped."""
-    table = pq.read_table(os.path.join(folder, _ROWS), schema=ROWS_SCHEMA)
-    table = table.combine_chunks()
+def open_partition(folder: str, index: Index) -> Partition:
+    """Opens a partition in a local folder, which may be gone afterwards, with its index."""
+    members = _read_members(folder)
+    return Partition(members, index.open(members.vectors, folder))
+
+
+def read_rows(file: Any) -> pa.Table:
+    """What ``rows.parquet`` holds, of ROWS_SCHEMA; file: a path or an open file."""
+    return pq.read_table(file, schema=ROWS_SCHEMA).combine_chunks()
+
+
+def _read_members(folder: str) -> Members:
+    """Their vectors are mapped."""
+    table = read_rows(os.path.join(folder, ROWS))
     names = table["id"]
     return Members(
         table["row"].to_numpy(),
@@ -133,12 +142,6 @@ def read_members(folder: str) -> Members:
         table["home"].to_numpy(),
         map_vectors(folder),
     )
-
-
-def open_partition(folder: str, index: Index) -> Partition:
-    """Opens a partition in a local folder, which may be gone afterwards, with its index."""
-    members = read_members(folder)
-    return Partition(members, index.open(members.vectors, folder))
 
 
 def map_vectors(folder: str) -> np.ndarray:

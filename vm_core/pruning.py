@@ -15,7 +15,7 @@ import itertools
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any, Literal
@@ -23,6 +23,7 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 from pyarrow import csv
 from pydantic import Field, model_validator
@@ -32,13 +33,20 @@ from vm_core import plugins, storage
 from vm_core.errors import VisualMemoryError
 from vm_core.memory import Manifest, Memory
 from vm_core.neighbors import Neighbors
+from vm_core.records import unit_interval
 from vm_core.tables import write_table
 from vm_core.weights import WEIGHTS_SCHEMA, WeightsEntry, file_name
 
 HARD_THRESHOLD = 128
 SOFT_SCALE = 1.75
 
-SCORES_SCHEMA = pa.schema([("id", pa.string()), ("score", pa.float64())])
+SCORES_SCHEMA = pa.schema([("row", pa.int64()), ("score", pa.float64())])
+"""Items by their row's number in the memory: ids of very many are too large to join by."""
+
+TIES_SCHEMA = pa.schema([("shapley", pa.float64()), ("order", pa.float64())])
+"""What decides between items of one score: the lower Shapley value, then a hash of the id."""
+
+ROW_WEIGHTS_SCHEMA = pa.schema([("row", pa.int64()), ("weight", pa.float32())])
 
 
 def without_self(block: Neighbors) -> Neighbors:
@@ -113,21 +121,40 @@ def multipliers(ids: np.ndarray, weights: Mapping[str, float]) -> np.ndarray:
     return np.fromiter(found, dtype=np.float64, count=ids.size).reshape(ids.shape)
 
 
-def scores_of(tables: Iterable[pa.Table], column: str) -> pa.Table:
-    """A table of SCORES_SCHEMA from the ``id`` and one column of others, an empty score left out.
+def scores_of(tables: Iterable[pa.Table], column: str, ties: bool = False) -> pa.Table:
+    """A table of SCORES_SCHEMA, and of TIES_SCHEMA where ``ties``, from one column of others.
 
-    Some 50 bytes an item are in memory, whatever else the tables hold.
+    tables: the shards' items in their order, with id, shapley and ``column``; an empty score
+    is left out. Some 16 bytes an item are in memory, 32 with ties, whatever else they hold.
     """
-    parts = [SCORES_SCHEMA.empty_table()]
+    parts, first = [_schema(ties).empty_table()], 0
     for table in tables:
-        part = table.select(["id", column]).rename_columns(["id", "score"]).cast(SCORES_SCHEMA)
+        rows = np.arange(first, first + len(table))
+        first += len(table)
+        part = _scores(rows, table[column], table["id"], table["shapley"] if ties else None)
         parts.append(part.filter(pc.is_valid(part["score"])))
     return pa.concat_tables(parts)
 
 
-def read_scores(path: str, column: str) -> pa.Table:
-    """A table of SCORES_SCHEMA from a file, CSV or Parquet, with the columns id and ``column``.
+def _schema(ties: bool) -> pa.Schema:
+    return pa.schema([*SCORES_SCHEMA, *(TIES_SCHEMA if ties else ())])
 
+
+def _scores(
+    rows: np.ndarray, scores: pa.ChunkedArray, ids: pa.ChunkedArray, shapley: Any = None
+) -> pa.Table:
+    """A table of SCORES_SCHEMA, and of TIES_SCHEMA where there are Shapley values."""
+    columns = [rows, scores.cast(pa.float64())]
+    if shapley is not None:
+        hashes = (unit_interval(id.as_py(), "prune") for id in ids)
+        columns += [shapley, np.fromiter(hashes, np.float64, len(ids))]
+    return pa.table(columns, schema=_schema(shapley is not None))
+
+
+def read_scores(path: str, column: str) -> pa.Table:
+    """Items of a file, CSV or Parquet, with the columns id and ``column``; and maybe shapley.
+
+    Returns id large_string, score float64 and shapley float64 (0 where the file has none).
     Raises VisualMemoryError for a missing column, an empty score, one that is not a
     number, and an id that comes twice.
     """
@@ -156,9 +183,15 @@ def read_scores(path: str, column: str) -> pa.Table:
                 f"one; their columns are {', '.join(table.schema.names)}. Name the scores' with "
                 "--score-column and the items' id"
             )
+    shapley = pa.chunked_array([np.zeros(len(table))])
+    if table.schema.names.count("shapley") == 1 and pa.types.is_floating(
+        table.schema.field("shapley").type
+    ):
+        shapley = table["shapley"].cast(pa.float64())
     table = table.select(["id", column]).rename_columns(["id", "score"])
     try:
-        table = table.cast(SCORES_SCHEMA)
+        # Ids of 64-bit lengths: all together may exceed 2 GB.
+        table = table.cast(pa.schema([("id", pa.large_string()), ("score", pa.float64())]))
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
         raise VisualMemoryError(
             f"column {column!r} of the scores {path!r} holds {table.schema.field('score').type}, "
@@ -178,13 +211,13 @@ def read_scores(path: str, column: str) -> pa.Table:
             f"{len(repeated):,} ids come more than once in the scores {path!r}, such as "
             f"{repeated[0].as_py()!r}. Keep one score for each item"
         )
-    return table
+    return table.append_column("shapley", shapley)
 
 
 def hard(scores: pa.Table, threshold: float, highest: bool = True) -> pa.Table:
     """Weight 0 for every item whose score is ``threshold`` or more; or less, not ``highest``.
 
-    Like ``worst_share`` and ``soft``, takes SCORES_SCHEMA and returns WEIGHTS_SCHEMA: the
+    Like ``worst_share`` and ``soft``, takes SCORES_SCHEMA and returns ROW_WEIGHTS_SCHEMA: the
     items whose weight is not 1.
     """
     worse = pc.greater_equal if highest else pc.less_equal
@@ -194,35 +227,30 @@ def hard(scores: pa.Table, threshold: float, highest: bool = True) -> pa.Table:
 def worst_share(scores: pa.Table, share: float, highest: bool = True) -> pa.Table:
     """Weight 0 for a share of the items: those of the highest scores, or of the lowest.
 
-    Exactly the rounded number of items; where scores are equal the lower ids go.
+    Exactly the rounded number of items. Of those with equal scores the ones of the lowest
+    Shapley values go, and of those that are equal in that too, some by a hash of the id, so
+    that no class loses more because its ids come first. scores: with TIES_SCHEMA as well.
     """
     if not 0 < share < 1:
         raise VisualMemoryError(
             f"share {share} of the items cannot be removed. Use a number between 0 and 1, "
             "such as 0.05"
         )
-    order = pc.sort_indices(
-        scores, [("score", "descending" if highest else "ascending"), ("id", "ascending")]
-    )
+    keys = [("score", "descending" if highest else "ascending")]
+    keys += [(name, "ascending") for name in (*TIES_SCHEMA.names, "row")]
+    order = pc.sort_indices(scores, keys)
     return _removed(scores.take(order[: round(share * len(scores))]))
 
 
 def _removed(items: pa.Table) -> pa.Table:
-    return pa.table([items["id"], np.zeros(len(items), np.float32)], schema=WEIGHTS_SCHEMA)
+    return pa.table([items["row"], np.zeros(len(items), np.float32)], schema=ROW_WEIGHTS_SCHEMA)
 
 
 def soft(counts: pa.Table, gamma_scale: float = SOFT_SCALE) -> pa.Table:
-    """Weight ``gamma_scale`` / (1 + count) for every item whose count is not 0."""
+    """Weight ``gamma_scale`` / (1 + count) for every item whose count is not 0; see ``hard``."""
     counted = counts.filter(pc.not_equal(counts["score"], 0.0))
-    values = counted["score"].to_numpy()
-    if (values < 0).any():
-        place = int(np.flatnonzero(values < 0)[0])
-        raise VisualMemoryError(
-            f"soft pruning needs counts, and item {counted['id'][place].as_py()!r} has "
-            f"{values[place]:g}. Use wrong counts, or --method hard"
-        )
-    weights = (gamma_scale / (1 + values)).astype(np.float32)
-    return pa.table([counted["id"], weights], schema=WEIGHTS_SCHEMA)
+    weights = (gamma_scale / (1 + counted["score"].to_numpy())).astype(np.float32)
+    return pa.table([counted["row"], weights], schema=ROW_WEIGHTS_SCHEMA)
 
 
 class PruneConfig(plugins.Settings):
@@ -300,7 +328,7 @@ class PruneConfig(plugins.Settings):
         return self.threshold
 
     def weights(self, scores: pa.Table) -> pa.Table:
-        """WEIGHTS_SCHEMA from SCORES_SCHEMA."""
+        """ROW_WEIGHTS_SCHEMA from SCORES_SCHEMA, with TIES_SCHEMA where there is a share."""
         if self.method == "soft":
             return soft(scores, self.gamma_scale)
         if self.share is not None:
@@ -314,6 +342,8 @@ class PruneConfig(plugins.Settings):
         recipe: dict[str, Any] = {"method": self.method, "by": self.column}
         if self.scores:
             recipe |= {"scores": self.scores} | ({"lowest": True} if self.lowest else {})
+        elif self.leave_one_out:
+            recipe["leave_one_out"] = self.leave_one_out
         if self.method == "soft":
             return recipe | {"gamma_scale": self.gamma_scale}
         if self.share is not None:
@@ -321,35 +351,52 @@ class PruneConfig(plugins.Settings):
         return recipe | {"threshold": self.limit}
 
 
-def check_ids(memory: Memory, scores: pa.Table) -> None:
-    """Raises VisualMemoryError for scores of items that are not in the memory."""
-    known = np.zeros(len(scores), bool)
-    for _, _, places in _in_partitions(memory, scores):
-        known[places] = True
-    _check_known(memory, scores, known)
+def scores_of_file(memory: Memory, config: PruneConfig) -> pa.Table:
+    """The scores of a file as ``scores_of`` has them.
 
-
-def _check_known(memory: Memory, items: pa.Table, known: np.ndarray) -> None:
-    if not known.all():
-        first = items["id"][int(np.argmin(known))].as_py()
-        raise VisualMemoryError(
-            f"{(~known).sum():,} of {len(items):,} ids are not in the memory {memory.root!r}, the "
-            f"first of them {first!r}. Ids must be those of the memory, as in its exported tables; "
-            "leave others out"
-        )
-
-
-def _in_partitions(memory: Memory, items: pa.Table) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-    """For each partition: its number, and where its members are in ``items``.
-
-    That is the places in ``items``, in the order of the members, first of all members and
-    then of those that are at home there.
+    Raises VisualMemoryError for scores that ``read_scores`` refuses, for negative ones where
+    the method needs counts, and for those of items that are not in the memory.
     """
-    ids = items["id"].combine_chunks()
-    for number in range(len(memory.manifest.partitions)):
-        members = memory.members(number)
-        places = pc.fill_null(pc.index_in(members.names, value_set=ids), -1).to_numpy()
-        yield number, places[places >= 0], places[(places >= 0) & members.home]
+    assert config.scores is not None
+    items = read_scores(config.scores, config.column)
+    if config.method == "soft" and (negative := items.filter(pc.less(items["score"], 0.0))):
+        raise VisualMemoryError(
+            f"soft pruning needs counts, and item {negative['id'][0].as_py()!r} has "
+            f"{negative['score'][0].as_py():g}. Use wrong counts, or --method hard"
+        )
+    rows = rows_of(memory, items["id"])
+    if (rows < 0).any():
+        raise VisualMemoryError(
+            f"{(rows < 0).sum():,} of {len(items):,} ids are not in the memory {memory.root!r}, "
+            f"the first of them {items['id'][int(np.argmin(rows))].as_py()!r}. Ids must be those "
+            "of the memory, as in its exported tables; leave others out"
+        )
+    ties = config.share is not None
+    return _scores(rows, items["score"], items["id"], items["shapley"] if ties else None)
+
+
+def rows_of(memory: Memory, ids: pa.ChunkedArray) -> np.ndarray:
+    """(N,) int64: the number of each id's row in the memory, -1 where it has none.
+
+    ids: of large_string, each once. Reads every partition's rows once, one after another.
+    """
+    rows = np.full(len(ids), -1)
+    schema = pa.schema([("row", pa.int64()), ("id", pa.large_string())])
+    batches = (
+        batch
+        for number in range(len(memory.manifest.partitions))
+        for batch in memory.rows(number).select(schema.names).cast(schema).to_batches()
+    )
+    # One scan, and not a look-up a partition: the table of the ids is made only once.
+    place = pc.index_in(ds.field("id"), value_set=ids.combine_chunks())
+    scan = ds.Scanner.from_batches(
+        pa.RecordBatchReader.from_batches(schema, batches),
+        columns={"row": ds.field("row"), "place": place},
+    )
+    for batch in scan.to_batches():
+        found = batch.filter(batch["place"].is_valid())
+        rows[found["place"].to_numpy()] = found["row"].to_numpy()
+    return rows
 
 
 def unweighted(manifest: Manifest) -> Manifest:
@@ -363,36 +410,37 @@ def unweighted(manifest: Manifest) -> Manifest:
 def stage(memory: Memory, weights: pa.Table, settings: Mapping[str, Any]) -> Memory:
     """Writes weights beside a memory; returns it as it will be once they are published.
 
-    weights: of WEIGHTS_SCHEMA, any order, each id once; they take the place of weights
+    weights: of ROW_WEIGHTS_SCHEMA, any order, each row once; they take the place of weights
     that the memory has already. settings: how they came about, for the manifest. Raises
-    VisualMemoryError for an id that the memory does not have, and if nothing is left.
+    VisualMemoryError if nothing is left.
     """
     base = unweighted(memory.manifest)
-    weights = weights.filter(pc.not_equal(weights["weight"], 1.0)).sort_by("id")
-    values = weights["weight"].to_numpy()
-    identity = hashlib.sha256(values.tobytes())
-    layout = [base.content_digest, base.build, [entry.folder for entry in base.partitions]]
-    identity.update(json.dumps([layout, weights["id"].to_pylist()]).encode())
-    folder = f"weights/{identity.hexdigest()[:16]}"
-    known = np.zeros(len(weights), bool)
-    files = {}
-    for number, places, home in _in_partitions(memory, weights):
-        known[home] = True
-        name = file_name(folder, number)
-        files[name] = write_table(memory.path(name), weights.take(places))
-    _check_known(memory, weights, known)
-    removed = int((values == 0).sum())
-    if removed == base.total("embedded"):
+    of_rows = np.ones(base.total("embedded"), np.float32)
+    of_rows[weights["row"].to_numpy()] = weights["weight"].to_numpy()
+    removed = int((of_rows == 0).sum())
+    if removed == len(of_rows):
         raise VisualMemoryError(
             f"all {removed:,} items would be removed and nothing could be recognised. Remove "
             "fewer: another threshold, or a share"
         )
+    identity = hashlib.sha256(of_rows.tobytes())
+    layout = [base.content_digest, base.build, [entry.folder for entry in base.partitions]]
+    identity.update(json.dumps(layout).encode())
+    folder = f"weights/{identity.hexdigest()[:16]}"
+    files = {}
+    for number in range(len(base.partitions)):
+        members = memory.rows(number)
+        values = of_rows[members["row"].to_numpy()]
+        changed = np.flatnonzero(values != 1)
+        table = pa.table([members["id"].take(changed), values[changed]], schema=WEIGHTS_SCHEMA)
+        name = file_name(folder, number)
+        files[name] = write_table(memory.path(name), table)
     entry = WeightsEntry(
         folder=folder,
         files=files,
         settings=dict(settings),
         removed=removed,
-        weighted=len(values) - removed,
+        weighted=int((of_rows != 1).sum()) - removed,
         base_version=base.version,
         base_digest=base.content_digest,
     )
@@ -405,11 +453,6 @@ def stage(memory: Memory, weights: pa.Table, settings: Mapping[str, Any]) -> Mem
         }
     )
     return memory.with_manifest(manifest)
-
-
-def publish(memory: Memory, weights: pa.Table, settings: Mapping[str, Any]) -> Manifest:
-    """Publishes the memory with other weights as its next version; see ``stage``."""
-    return publish_staged(stage(memory, weights, settings), memory.manifest.version)
 
 
 def undo(memory: Memory) -> Manifest:

@@ -81,7 +81,8 @@ def write(plan: EvaluationPlan, outcome: Outcome) -> dict[str, Any]:
     storage.write_bytes(plan.path("report.html"), page.encode())
     # Last, since it says that the results are complete.
     storage.write_bytes(plan.path("metrics.json"), json.dumps(results, indent=1).encode())
-    storage.remove_directory(plan.embedding.checkpoints)
+    if plan.checkpoints is None:
+        storage.remove_directory(plan.embedding.checkpoints)
     _log.info("wrote the results of %d queries to %s", outcome.read, plan.output)
     return results
 

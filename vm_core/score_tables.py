@@ -207,7 +207,14 @@ def read_scores(memory: Memory, fingerprint: str) -> Iterator[pa.Table]:
     for shard in range(shards):
         path = memory.path(f"{folder}/items-{shard:05d}-of-{shards:05d}.parquet")
         with storage.open_read(path) as file:
-            yield pq.read_table(file)
+            table = pq.read_table(file)
+        rows = memory.manifest.shards[shard].embedded
+        if len(table) != rows:  # a row's number follows from where it stands
+            raise VisualMemoryError(
+                f"{path} has {len(table):,} items, and its shard {rows:,}: it is damaged, or of "
+                f"another memory. Remove {memory.path(folder)} and make the scores again"
+            )
+        yield table
 
 
 def of_scores(results: dict[str, Any]) -> RenderableType:

@@ -21,7 +21,14 @@ from pydantic import BaseModel
 from vm_core import storage
 from vm_core.errors import VisualMemoryError
 from vm_core.index import TopK
+from vm_core.index.exact import top_k
 from vm_core.partitions import Partition
+
+_FEW = 1 / 8
+"""The share of a partition's rows that is searched by itself, without the index."""
+
+_FOUND = 2**22
+"""Neighbours that are asked for at a time: 50 MB of rows and distances."""
 
 WEIGHTS_SCHEMA = pa.schema([("id", pa.string()), ("weight", pa.float32())])
 
@@ -65,6 +72,16 @@ def read(root: str, entry: WeightsEntry, partition: int) -> pa.Table:
     return pq.read_table(pa.BufferReader(data), schema=WEIGHTS_SCHEMA)
 
 
+def removed_ids(root: str, entry: WeightsEntry, partitions: int) -> pa.ChunkedArray:
+    """The ids of weight 0 of all partitions, as large_string; those with copies more than once."""
+    ids = [pa.array([], pa.large_string())]
+    for number in range(partitions):
+        table = read(root, entry, number)
+        of_partition = table["id"].filter(pc.equal(table["weight"], 0.0))
+        ids += of_partition.cast(pa.large_string()).chunks
+    return pa.chunked_array(ids)
+
+
 def apply(partition: Partition, table: pa.Table) -> Partition:
     """The partition with weights, and without the removed rows: its search never finds them.
 
@@ -81,14 +98,35 @@ def apply(partition: Partition, table: pa.Table) -> Partition:
     weights = np.ones(len(members), np.float32)
     weights[places.to_numpy()] = table["weight"].to_numpy()
     removed = weights == 0
-    search = without(partition.search, removed) if removed.any() else partition.search
+    search = partition.search
+    if removed.sum() >= (1 - _FEW) * len(removed) and removed.any():
+        search = among(members.vectors, np.flatnonzero(~removed))
+    elif removed.any():
+        search = without(search, removed)
     return Partition(members, search, weights)
+
+
+def among(vectors: np.ndarray, kept: np.ndarray) -> TopK:
+    """An exact search of some rows alone; kept: (M,) int64, ascending. Copies their vectors.
+
+    For few rows: an index would have to be asked for many times as many neighbours.
+    """
+    some = vectors[kept]
+    # One more, where nothing was found: row -1 looks up the last.
+    rows = np.append(kept, -1)
+
+    def kept_only(queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        places, distances = top_k(queries, some, k)
+        return rows[places], distances
+
+    return kept_only
 
 
 def without(search: TopK, removed: np.ndarray) -> TopK:
     """A search that leaves out some rows and still finds k others where there are so many.
 
-    removed: (N,) bool, over all rows that ``search`` knows.
+    removed: (N,) bool, over all rows that ``search`` knows. However far it has to look, it
+    asks for a bounded number of neighbours at a time.
     """
     count, kept = len(removed), int((~removed).sum())
     # One row more, never kept: row -1, where nothing was found, looks up the last.
@@ -103,21 +141,25 @@ def without(search: TopK, removed: np.ndarray) -> TopK:
         width = k + 2 * math.ceil(k * (count - kept) / max(1, kept)) + 8
         while len(short):
             width = min(width, count)
-            found, found_distances = search(queries[short], width)
-            keep = usable[found]
-            enough = keep.sum(axis=1) >= wanted
-            # Nothing more comes of a wider search that has seen all it can.
-            done = enough | (found[:, -1] < 0) | (width == count)
-            order = np.argsort(~keep[done], axis=1, kind="stable")[:, :k]
-            keep = np.take_along_axis(keep[done], order, axis=1)
-            columns = slice(0, order.shape[1])
-            rows[short[done], columns] = np.where(
-                keep, np.take_along_axis(found[done], order, axis=1), -1
-            )
-            distances[short[done], columns] = np.where(
-                keep, np.take_along_axis(found_distances[done], order, axis=1), np.inf
-            )
-            short, width = short[~done], 2 * width
+            left = []
+            for start in range(0, len(short), max(1, _FOUND // width)):
+                some = short[start : start + max(1, _FOUND // width)]
+                found, found_distances = search(queries[some], width)
+                keep = usable[found]
+                enough = keep.sum(axis=1) >= wanted
+                # Nothing more comes of a wider search that has seen all it can.
+                done = enough | (found[:, -1] < 0) | (width == count)
+                order = np.argsort(~keep[done], axis=1, kind="stable")[:, :k]
+                keep = np.take_along_axis(keep[done], order, axis=1)
+                columns = slice(0, order.shape[1])
+                rows[some[done], columns] = np.where(
+                    keep, np.take_along_axis(found[done], order, axis=1), -1
+                )
+                distances[some[done], columns] = np.where(
+                    keep, np.take_along_axis(found_distances[done], order, axis=1), np.inf
+                )
+                left.append(some[~done])
+            short, width = np.concatenate(left), 2 * width
         return rows, distances
 
     return kept_only

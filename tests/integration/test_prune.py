@@ -10,7 +10,14 @@ import pytest
 
 from pipelines import commands, prune
 from pipelines.evaluate import evaluate
-from tests.integration.harness import build_memory, configuration, files_below, rows_of, table
+from tests.integration.harness import (
+    build_memory,
+    configuration,
+    count_encoded,
+    files_below,
+    rows_of,
+    table,
+)
 from vm_core import plugins, pruning
 from vm_core.errors import VisualMemoryError
 from vm_core.evaluation import EvaluationConfig
@@ -19,9 +26,9 @@ from vm_core.memory import Memory
 from vm_core.neighbors import Neighbors
 from vm_core.pruning import LeaveOneOutCounts, PruneConfig
 from vm_core.records import PADDING, unit_interval
+from vm_core.shards import read_shard
 from vm_core.tables import write_table
 from vm_core.voting import vote
-from vm_core.weights import WEIGHTS_SCHEMA
 
 K = 12
 
@@ -44,8 +51,12 @@ def queries(photos, tmp_path_factory):
     return folder
 
 
-def weights_table(weights):
-    return pa.table([list(weights), list(weights.values())], schema=WEIGHTS_SCHEMA)
+def publish(memory, weights, settings):
+    """Publishes weights by id."""
+    ids = pa.chunked_array([list(weights)], pa.large_string())
+    columns = [pruning.rows_of(memory, ids), list(weights.values())]
+    table = pa.table(columns, schema=pruning.ROW_WEIGHTS_SCHEMA)
+    return pruning.publish_staged(pruning.stage(memory, table, settings), memory.manifest.version)
 
 
 def counts_of(memory):
@@ -68,7 +79,7 @@ def test_a_version_with_weights_and_back(own):
     removed, weighted = rows.ids[::3], rows.ids[1::3]
     weights = dict.fromkeys(removed, 0.0) | dict.fromkeys(weighted, 0.5)
     before = files_below(own.root)
-    published = pruning.publish(own, weights_table(weights), {"method": "by hand"})
+    published = publish(own, weights, {"method": "by hand"})
     pruned = Memory(own.root)
     assert pruned.manifest == published and published.version == "000002"
     assert published.content_digest != own.manifest.content_digest
@@ -90,9 +101,9 @@ def test_a_version_with_weights_and_back(own):
     np.testing.assert_array_equal(found.weights, expected.astype(np.float32))
 
     # The same weights again are the same version; others take their place.
-    again = pruning.publish(pruned, weights_table(dict(reversed(weights.items()))), {})
+    again = publish(pruned, dict(reversed(weights.items())), {})
     assert again == published
-    other = pruning.publish(pruned, weights_table({rows.ids[0]: 0.0}), {})
+    other = publish(pruned, {rows.ids[0]: 0.0}, {})
     assert other.version == "000003" and other.weights.base_version == "000001"
     assert (other.weights.removed, other.weights.weighted) == (1, 0)
 
@@ -108,11 +119,8 @@ def test_a_version_with_weights_and_back(own):
 
 def test_weights_that_cannot_be(own):
     ids = rows_of(own).ids
-    strange = {ids[0]: 0.0, "strange": 0.0, "zebra": 0.5}
-    with pytest.raises(VisualMemoryError, match="2 of 3 ids are not in .* of them 'strange'"):
-        pruning.publish(own, weights_table(strange), {})
     with pytest.raises(VisualMemoryError, match="all 32 items would be removed"):
-        pruning.publish(own, weights_table(dict.fromkeys(ids, 0.0)), {})
+        publish(own, dict.fromkeys(ids, 0.0), {})
     assert Memory(own.root).manifest == own.manifest
 
 
@@ -177,6 +185,38 @@ def test_what_it_changes_is_measured_on_the_tuning_queries_alone(own, queries, t
         assert ranks[row["query_id"]] == votes.predictions[0, -1]
 
 
+def test_queries_are_encoded_once(own, queries, tmp_path, monkeypatch):
+    encoded = count_encoded(monkeypatch)
+    evaluation = {"queries": [{"kind": "folder", "path": str(queries)}], "tuning_share": 0.5}
+    for output in ({}, {"output": str(tmp_path / "kept")}):
+        encoded.clear()
+        pruned = pruned_by(own, method="soft", evaluation=evaluation | output)
+        assert pruned.before and pruned.after and sum(encoded) == 24
+        assert not files_below(Path(own.root, "work"))
+    assert {path.name for path in (tmp_path / "kept").iterdir()} == {"before", "after"}
+    assert not [*(tmp_path / "kept").rglob("*.arrow")]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"k": 0}, "evaluation: k = 0: .* greater than or equal to 1"),
+        ({"temperature": 0.001}, "evaluation: softmax temperature 0.001 is out of range"),
+        ({"queries": [{"kind": "folder", "path": "/nowhere"}]}, "'/nowhere' is not a folder"),
+        ({"queries": [], "embeddings": "/nowhere/*"}, "no file matches '/nowhere/\\*'"),
+        ({"tuning_share": 0}, "tuning_share = 0 none .* Give a share above 0"),
+        ({"output": "/proc/nowhere"}, "cannot write to '/proc/nowhere'"),
+    ],
+)
+def test_an_evaluation_that_cannot_be_is_refused_before_any_work(
+    own, queries, monkeypatch, given, message
+):
+    monkeypatch.setattr("pipelines.running.run", lambda *_: pytest.fail("work was started"))
+    evaluation = {"queries": [{"kind": "folder", "path": str(queries)}], **given}
+    with pytest.raises(VisualMemoryError, match=message):
+        pruned_by(own, method="soft", evaluation=evaluation)
+
+
 def test_scores_of_a_file(own, tmp_path):
     ids = rows_of(own).ids
     quality = np.linspace(0, 1, len(ids))
@@ -189,9 +229,40 @@ def test_scores_of_a_file(own, tmp_path):
     assert recorded["id"].to_pylist() == ids[:8].tolist() and result.before is None
     expected = {"method": "hard", "by": "quality", "scores": path, "lowest": True, "share": 0.25}
     assert entry.settings == expected
-    write_table(path, pa.table({"id": ["nobody", ids[0]], "quality": [0.5, 0.7]}))
+    write_table(path, pa.table({"id": ["nobody", ids[0]], "quality": [0.5, -0.7]}))
     with pytest.raises(VisualMemoryError, match="1 of 2 ids are not in .*'nobody'"):
         pruned_by(own, **settings, share=0.25)
+    with pytest.raises(VisualMemoryError, match=f"needs counts, and item '{ids[0]}' has -0.7"):
+        pruned_by(own, method="soft", scores=path, score_column="quality")
+    assert Memory(own.root).manifest.version == "000002"
+
+
+@pytest.mark.parametrize("partition_rows", [1000, 9])
+def test_rows_of_ids(few_photos, small_encoder, tmp_path, partition_rows):
+    settings = {"partitioning": {"rows": partition_rows, "spill": "nearest", "probes": 99}}
+    memory = build_memory(configuration(tmp_path / "m", small_encoder, few_photos, **settings))
+    stored = [read_shard(memory.path(shard.embeddings)).ids for shard in memory.manifest.shards]
+    numbers = {id: number for number, id in enumerate(np.concatenate(stored))}
+    generator = np.random.default_rng(0)
+    for known in (0, 1, 9, 32):
+        ids = [*generator.permutation(list(numbers))[:known].tolist(), "nobody", ""]
+        generator.shuffle(ids)
+        # As a table of very many ids comes: in pieces.
+        pieces = pa.chunked_array([ids[:4], [], ids[4:]], pa.large_string())
+        rows = pruning.rows_of(memory, pieces)
+        assert rows.tolist() == [numbers.get(id, -1) for id in ids]
+    assert pruning.rows_of(memory, pa.chunked_array([], pa.large_string())).tolist() == []
+
+
+def test_a_damaged_table_of_rows_is_no_reason_to_prune_others(own, tmp_path):
+    path, ids = Path(own.path(own.manifest.partitions[0].folder), "rows.parquet"), rows_of(own).ids
+    write_table(str(tmp_path / "s.parquet"), pa.table({"id": ids, "score": np.arange(len(ids))}))
+    rows = pq.read_table(path)
+    pq.write_table(rows.set_column(0, "row", pa.array(rows["row"].to_pylist()[::-1])), path)
+    for settings in ({"scores": str(tmp_path / "s.parquet"), "share": 0.25}, {"share": 0.25}):
+        with pytest.raises(VisualMemoryError, match="rows.parquet is missing or damaged: it is"):
+            pruned_by(own, method="hard", **settings)
+    assert Memory(own.root).manifest == own.manifest and not list(Path(own.root).glob("weights"))
 
 
 def test_command(own, queries, tmp_path, capsys, monkeypatch):
@@ -222,3 +293,32 @@ def test_command(own, queries, tmp_path, capsys, monkeypatch):
     status, said = run("--share", "0.2", "--set", "evaluation.tuning_share=0.0", *some[:2])
     assert status == 2 and "queries is a tuning query" in said.err
     assert Memory(own.root).manifest.weights is None
+
+
+@pytest.mark.parametrize("partition_rows", [1000, 9])
+def test_what_is_removed_is_no_query_of_leave_one_out(
+    few_photos, small_encoder, tmp_path, partition_rows
+):
+    """As if it had never been there; what weighs less is one."""
+    settings = {"partitioning": {"rows": partition_rows, "spill": "nearest", "probes": 99}}
+    memory = build_memory(configuration(tmp_path / "m", small_encoder, few_photos, **settings))
+    stored, path = rows_of(memory), str(tmp_path / "scores.parquet")
+    write_table(path, pa.table({"id": stored.ids, "score": 1 * (np.arange(32) % 3 == 0)}))
+
+    def evaluated(output):
+        given = {"memory": memory.root, "leave_one_out": True, "k": 5, "tuning_share": 0.3}
+        given |= {"output": str(tmp_path / output)}
+        return evaluate(EvaluationConfig.model_validate(given))[1]["queries"]
+
+    pruned_by(memory, method="soft", scores=path)
+    totals = evaluated("soft")
+    assert totals["read"] == totals["embedded"] == 32
+    pruned_by(memory, method="hard", scores=path, threshold=1)
+    totals = evaluated("hard")
+    kept = stored.take(np.arange(32) % 3 != 0)
+    assert totals["read"] == totals["embedded"] == totals["test"] + totals["tuning"] == len(kept)
+    found = table(f"{tmp_path}/hard/neighbors-*.parquet").sort_by("query_id").to_pydict()
+    assert found["query_id"] == kept.ids.tolist()
+    places, _ = top_k(kept.vectors, kept.vectors, 6)
+    others = [[p for p in row if p != own][:5] for own, row in enumerate(places.tolist())]
+    assert found["neighbor_ids"] == kept.ids[np.array(others)].tolist()

@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from vm_core import building, config, encoders, indexing, pruning, recall, storage, weights
+from vm_core import building, config, encoders, indexing, pruning, recall, storage
 from vm_core.building import BuildConfig, BuildPlan
 from vm_core.classes import ClassTable
 from vm_core.errors import VisualMemoryError
@@ -160,17 +160,22 @@ def test_scann_over_few_rows_is_searched_exactly(tmp_path):
     assert manifest.recall.at[10] == 1
 
 
+def prune(memory, rows, settings):
+    table = pa.table([rows, np.zeros(len(rows), np.float32)], schema=pruning.ROW_WEIGHTS_SCHEMA)
+    pruned = pruning.stage(memory, table, settings)
+    return pruning.publish_staged(pruned, memory.manifest.version)
+
+
 def test_weights_stay_with_their_partitions(tmp_path):
     build(plan_of(tmp_path, probes=1))
     memory = Memory(str(tmp_path))
-    removed = memory.members(0).ids[:20].tolist()
-    table = pa.table({"id": removed, "weight": np.zeros(20, np.float32)}, weights.WEIGHTS_SCHEMA)
-    pruned = pruning.publish(memory, table, {"method": "hard"})
+    removed = memory.rows(0)["row"][:20]
+    pruned = prune(memory, removed, {"method": "hard"})
     assert building.is_published(plan_of(tmp_path, probes=1))
     manifest = build(plan_of(tmp_path, probes=3))
     assert (manifest.version, manifest.probes) == ("000003", 3)
     assert manifest.weights == pruned.weights and manifest.content_digest == pruned.content_digest
-    assert Memory(str(tmp_path)).open_partition(0).weights.sum() == len(memory.members(0)) - len(
+    assert Memory(str(tmp_path)).open_partition(0).weights.sum() == len(memory.rows(0)) - len(
         removed
     )
     assert build(plan_of(tmp_path, probes=3)).version == "000003"
@@ -189,13 +194,18 @@ def test_weights_stay_with_their_partitions(tmp_path):
         {"method": "hard", "share": 0.25, "by": "wrong_at_10"},
         {"method": "hard", "threshold": 2.5, "scores": "my scores.csv", "lowest": True},
         {"method": "soft", "gamma_scale": 1.5},
+        {
+            "method": "hard",
+            "by": "shapley",
+            "threshold": -0.5,
+            "leave_one_out": {"ks": [7, 30], "shapley_k": 5, "exclude_duplicates": True},
+        },
     ],
 )
 def test_a_build_that_drops_the_pruning_says_so_and_how_to_repeat_it(tmp_path, caplog, settings):
     build(plan_of(tmp_path, probes=1))
     memory = Memory(str(tmp_path))
-    table = pa.table({"id": ["0/0000"], "weight": np.zeros(1, np.float32)}, weights.WEIGHTS_SCHEMA)
-    pruning.publish(memory, table, PruneConfig(memory=memory.root, **settings).recipe)
+    prune(memory, [0], PruneConfig(memory=memory.root, **settings).recipe)
     assert not caplog.text
     # The same rows in the same partitions, in other folders: the weights still fit.
     assert build(plan_of(tmp_path, probes=1, recall_queries=90)).weights is not None
@@ -207,7 +217,9 @@ def test_a_build_that_drops_the_pruning_says_so_and_how_to_repeat_it(tmp_path, c
     assert command[:4] == ["visual-memory", "prune", "--memory", str(tmp_path)]
     assert command[4::2] == ["--set"] * len(command[5::2])
     again = config.load(PruneConfig, None, command[5::2], {"memory": memory.root})
-    assert again.recipe == PruneConfig(memory=memory.root, **settings).recipe
+    given = PruneConfig(memory=memory.root, **settings)
+    assert again.recipe == given.recipe
+    assert again.leave_one_out_settings == given.leave_one_out_settings
 
 
 def test_a_partition_that_lost_a_file_is_built_again(tmp_path):
@@ -267,7 +279,7 @@ def test_a_memory_of_the_earlier_layout_is_read_and_the_next_build_leaves_it_who
     def searched(version):
         memory = Memory(str(tmp_path), version)
         assert not storage.damaged(memory.root, memory.files())
-        members = memory.members(0)
+        members = memory.open_partition(0).members
         sources = strings(["x"] * len(members))
         queries = EmbeddingBlock(members.ids, members.labels, sources, members.vectors)
         return memory.searcher(99)(queries, 5)

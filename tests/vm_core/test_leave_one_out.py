@@ -26,6 +26,7 @@ from vm_core.score_tables import read_scores
 from vm_core.search import Router
 from vm_core.shard_rows import DTYPES
 from vm_core.shards import write_shard
+from vm_core.tables import write_table
 
 SHARDS, DIMENSION = 3, 8
 
@@ -97,7 +98,7 @@ class SmallMemory:
         return Router(centroids, tuple(range(self.cells)), self.probes)
 
     def members(self, number: int) -> Members:
-        return partitions.read_members(self.path(f"partition-{number}"))
+        return partitions.open_partition(self.path(f"partition-{number}"), exact.Plugin()).members
 
     def open_partition(self, number: int) -> Partition:
         self.opened.append(number)
@@ -430,6 +431,10 @@ def test_scores_that_are_not_complete_cannot_be_read(tmp_path):
     by_fingerprint = list(read_scores(memory, plan.fingerprint))
     assert [len(table) for table in by_fingerprint] == [10, 10, 10]
     assert list(read_scores(memory, plan.folder)) == by_fingerprint
+    # A row's number follows from where its item stands: none may be missing.
+    write_table(plan.items(1), by_fingerprint[1].slice(1))
+    with pytest.raises(VisualMemoryError, match="00001-of-.* has 9 items, and its shard 10: .*Rem"):
+        list(read_scores(memory, plan.fingerprint))
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,5 @@
 import json
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,7 @@ from vm_core.pruning import (
     without_self,
     worst_share,
 )
-from vm_core.records import strings
+from vm_core.records import strings, unit_interval
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
@@ -80,42 +81,64 @@ def test_threshold_must_count():
         hard_excluded(LeaveOneOutCounts(), 0)
 
 
-def scores(values):
-    return pa.table([list(values), list(values.values())], schema=SCORES_SCHEMA)
+def scores(values, shapley=None):
+    """Scores by id as a table of rows, which are numbered in the order given."""
+    table = pa.table({"id": list(values), "score": list(values.values())})
+    if shapley is None:
+        return scores_of([table], "score")
+    return scores_of([table.append_column("shapley", [shapley])], "score", ties=True)
 
 
-def items(weights):
-    return dict(zip(weights["id"].to_pylist(), weights["weight"].to_pylist(), strict=True))
+def items(weights, values):
+    """Weights by id from weights by row."""
+    ids = [list(values)[row] for row in weights["row"].to_pylist()]
+    return dict(zip(ids, weights["weight"].to_pylist(), strict=True))
 
 
 @pytest.mark.parametrize("name", ["small", "wide"])
 def test_weights_from_golden_scores(name):
     expected = json.loads((GOLDEN / f"{name}_expected.json").read_text())
     removed = hard(scores(expected["wrong_at_max"]), expected["hard_threshold"])
-    assert sorted(items(removed)) == expected["excluded"] and not any(items(removed).values())
+    removed = items(removed, expected["wrong_at_max"])
+    assert sorted(removed) == expected["excluded"] and not any(removed.values())
     counts = expected["wrong_at_10"] | {"never counted": 0}
-    assert items(soft(scores(counts))) == pytest.approx(expected["soft_weights"])
+    assert items(soft(scores(counts)), counts) == pytest.approx(expected["soft_weights"])
 
 
 @settings(deadline=None, max_examples=60, derandomize=True)
 @given(
-    values=st.dictionaries(st.text(), st.integers(-2, 2), max_size=30),
+    values=st.dictionaries(
+        st.text(), st.tuples(st.integers(-2, 2), st.sampled_from([-0.5, 0.0, 0.25])), max_size=30
+    ),
     share=st.floats(0, 1, exclude_min=True, exclude_max=True),
     highest=st.booleans(),
 )
-def test_a_share_is_exact_and_ties_go_by_id(values, share, highest):
-    ranked = sorted(values, key=lambda id: (-values[id] if highest else values[id], id))
-    expected = ranked[: round(share * len(values))]
-    assert items(worst_share(scores(values), share, highest)) == dict.fromkeys(expected, 0.0)
-    threshold = {id for id, value in values.items() if (value >= 1 if highest else value <= 1)}
-    assert items(hard(scores(values), 1, highest)) == dict.fromkeys(threshold, 0.0)
+def test_a_share_is_exact_and_ties_go_by_shapley_value_and_then_by_hash(values, share, highest):
+    """values: of each id, in any order, a score and a Shapley value."""
+
+    def rank(id):
+        score, shapley = values[id]
+        return -score if highest else score, shapley, unit_interval(id, "prune")
+
+    expected = sorted(values, key=rank)[: round(share * len(values))]
+    of_ids = {id: score for id, (score, _) in values.items()}
+    table = scores(of_ids, pa.array([shapley for _, shapley in values.values()], pa.float64()))
+    removed = items(worst_share(table, share, highest), values)
+    assert removed == dict.fromkeys(expected, 0.0)
+    threshold = {id for id, value in of_ids.items() if (value >= 1 if highest else value <= 1)}
+    assert items(hard(table, 1, highest), values) == dict.fromkeys(threshold, 0.0)
+
+
+def test_no_class_loses_more_because_its_ids_come_first():
+    ids = [f"{name}/{number}" for name in ("aster", "iris", "zinnia") for number in range(400)]
+    removed = items(worst_share(scores(dict.fromkeys(ids, 0), [0.0] * 1200), 0.25), ids)
+    lost = Counter(id.partition("/")[0] for id in removed)
+    assert lost.total() == 300 and min(lost.values()) > 75
 
 
 def test_what_cannot_be_weighed():
     with pytest.raises(VisualMemoryError, match="share 1 of the items .*between 0 and 1"):
-        worst_share(scores({"a": 1}), 1)
-    with pytest.raises(VisualMemoryError, match="needs counts, and item 'b' has -0.5"):
-        soft(scores({"a": 1, "b": -0.5}))
+        worst_share(scores({"a": 1}, [0.0]), 1)
 
 
 def test_scores_of_tables():
@@ -123,17 +146,26 @@ def test_scores_of_tables():
         pa.table({"id": ["a", "b"], "label": [1, 2], "shapley": [0.5, None]}),
         pa.table({"id": ["c"], "label": [1], "shapley": [-1.0]}),
     ]
-    assert scores_of(tables, "shapley").equals(scores({"a": 0.5, "c": -1.0}))
+    expected = {"row": [0, 2], "score": [0.5, -1.0]}
+    assert scores_of(tables, "shapley").to_pydict() == expected
+    hashes = [unit_interval(id, "prune") for id in ("a", "c")]
+    expected |= {"shapley": [0.5, -1.0], "order": hashes}
+    assert scores_of(tables, "shapley", ties=True).to_pydict() == expected
     assert scores_of([], "shapley").schema == SCORES_SCHEMA
 
 
 def test_scores_from_files(tmp_path):
-    expected = scores({"0012": 3.0, "a, b": -0.5, "NA": 1e-9})
+    schema = pa.schema({"id": pa.large_string(), "score": pa.float64(), "shapley": pa.float64()})
+    columns = [["0012", "a, b", "NA"], [3.0, -0.5, 1e-9]]
+    expected = pa.table([*columns, [0.0] * 3], schema=schema)
     text = 'note,quality,id\nx,3,0012\ny,-0.5,"a, b"\nz,1e-9,NA\n'
     (tmp_path / "scores.csv").write_text(text)
     assert read_scores(str(tmp_path / "scores.csv"), "quality").equals(expected)
+    expected = pa.table([*columns, [0.25, -1, 2]], schema=schema)
     pq.write_table(expected, tmp_path / "scores.parquet")
     assert read_scores(str(tmp_path / "scores.parquet"), "score").equals(expected)
+    of_shapley = pa.table([columns[0], *[[0.25, -1, 2]] * 2], schema=schema)
+    assert read_scores(str(tmp_path / "scores.parquet"), "shapley").equals(of_shapley)
 
 
 @pytest.mark.parametrize(
@@ -178,9 +210,10 @@ def test_the_papers_settings_are_the_defaults():
     assert of_5.leave_one_out_settings == {"ks": (5, 10)}
     assert config(method="hard", scores="f.csv", threshold=2).highest is True
     assert config(method="hard", scores="f.csv", threshold=2, lowest=True).highest is False
-    assert items(of_hard.weights(scores({"a": 127, "b": 128}))) == {"b": 0}
-    assert items(of_soft.weights(scores({"a": 0, "b": 6}))) == {"b": 0.25}
-    assert items(config(method="hard", share=0.5).weights(scores({"a": 1, "b": 0}))) == {"a": 0}
+    assert items(of_hard.weights(scores({"a": 127, "b": 128})), "ab") == {"b": 0}
+    assert items(of_soft.weights(scores({"a": 0, "b": 6})), "ab") == {"b": 0.25}
+    of_share = config(method="hard", share=0.5)
+    assert items(of_share.weights(scores({"a": 1, "b": 0}, [0.0, 0.0])), "ab") == {"a": 0}
 
 
 @pytest.mark.parametrize(

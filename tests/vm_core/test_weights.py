@@ -11,7 +11,7 @@ from vm_core.errors import VisualMemoryError
 from vm_core.index.exact import top_k
 from vm_core.partitions import Members, Partition
 from vm_core.tables import write_table
-from vm_core.weights import WEIGHTS_SCHEMA, WeightsEntry, apply, file_name, without
+from vm_core.weights import WEIGHTS_SCHEMA, WeightsEntry, among, apply, file_name, without
 
 
 def unit(generator, rows, dimension=6):
@@ -42,7 +42,7 @@ def table(ids, values):
     rows=st.integers(1, 120),
     queries=st.integers(0, 20),
     k=st.integers(0, 140),
-    share=st.sampled_from([0.02, 0.3, 0.9, 1.0]),
+    share=st.sampled_from([0.02, 0.3, 0.8, 0.9, 0.99, 1.0]),
     close=st.booleans(),
 )
 def test_the_search_is_that_of_a_memory_without_the_removed(seed, rows, queries, k, share, close):
@@ -55,12 +55,17 @@ def test_the_search_is_that_of_a_memory_without_the_removed(seed, rows, queries,
         removed[np.argsort(-(vectors @ asked[0]))[: round(share * rows)]] = True
     partition = make_partition(vectors)
     ids = [id for id, gone in zip(partition.members.ids, removed, strict=True) if gone]
-    found, distances = apply(partition, table(ids, [0] * len(ids))).search(asked, k)
     kept = np.flatnonzero(~removed)
     expected, expected_distances = top_k(asked, vectors[kept], k)
     expected = np.where(expected < 0, -1, np.append(kept, -1)[expected])
-    np.testing.assert_array_equal(found, expected)
-    np.testing.assert_array_equal(distances, expected_distances)
+    for search in (
+        apply(partition, table(ids, [0] * len(ids))).search,
+        without(partition.search, removed),
+        among(vectors, kept),
+    ):
+        found, distances = search(asked, k)
+        np.testing.assert_array_equal(found, expected)
+        np.testing.assert_array_equal(distances, expected_distances)
 
 
 def test_few_queries_are_searched_twice():
@@ -75,6 +80,52 @@ def test_few_queries_are_searched_twice():
     without(search, generator.random(2000) < 0.1)(asked, 20)
     assert searched[0][0] == 300 and searched[0][1] < 40
     assert sum(queries for queries, _ in searched[1:]) < 10
+
+
+def test_a_search_that_must_look_far_looks_for_few_queries_at_a_time(monkeypatch):
+    """A whole class is removed, and every query is one of it."""
+    monkeypatch.setattr(weights, "_FOUND", 1000)
+    generator = np.random.default_rng(4)
+    vectors = unit(generator, 500)
+    asked = unit(generator, 1).repeat(40, axis=0)
+    removed = np.zeros(500, bool)
+    removed[np.argsort(-(vectors @ asked[0]))[:400]] = True
+    asked_for = []
+
+    def search(queries, k):
+        asked_for.append(len(queries) * k)
+        return top_k(queries, vectors, k)
+
+    found, distances = without(search, removed)(asked, 5)
+    kept = np.flatnonzero(~removed)
+    places, expected_distances = top_k(asked, vectors[kept], 5)
+    np.testing.assert_array_equal(found, kept[places])
+    np.testing.assert_array_equal(distances, expected_distances)
+    assert max(asked_for) <= 1000
+
+
+def test_where_few_rows_are_kept_the_index_is_not_asked():
+    """It would be asked for nearly all of its rows, to find a few."""
+    generator = np.random.default_rng(5)
+    vectors, asked = unit(generator, 1000), unit(generator, 30)
+    partition = make_partition(vectors)
+    asked_for = []
+
+    def search(queries, k):
+        asked_for.append(k)
+        return top_k(queries, vectors, k)
+
+    def pruned(removed):
+        ids = partition.members.ids[:removed]
+        return apply(Partition(partition.members, search), table(ids, [0] * removed))
+
+    found, distances = pruned(990).search(asked, 5)
+    expected, expected_distances = top_k(asked, vectors[990:], 5)
+    np.testing.assert_array_equal(found, expected + 990)
+    np.testing.assert_array_equal(distances, expected_distances)
+    assert not asked_for
+    pruned(870).search(asked, 5)
+    assert asked_for[0] < 20 * 5
 
 
 def test_an_index_that_finds_too_little_is_not_asked_forever():
