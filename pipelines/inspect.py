@@ -1,6 +1,6 @@
 """Shows what is in a visual memory.
 
-python -m pipelines.inspect MEMORY
+python -m pipelines.inspect MEMORY [--verify]
 """
 
 from __future__ import annotations
@@ -26,9 +26,15 @@ def command(arguments: Sequence[str]) -> None:
     parser.add_argument("--version", help="a version other than the current one")
     parser.add_argument("--classes", type=int, default=20, help="how many to list (default 20)")
     parser.add_argument("--json", action="store_true", help="print the manifest as JSON")
+    parser.add_argument(
+        "--verify", action="store_true", help="read every file and compare it with its SHA-256"
+    )
     options = parser.parse_args(arguments)
     memory = Memory(options.memory, options.version)
-    if options.json:
+    if options.verify:
+        count, version = memory.check_files(), memory.manifest.version
+        print(f"{count:,} files of version {version} are as they were written")
+    elif options.json:
         print(memory.manifest.model_dump_json(indent=1))
     else:
         Console().print(summary.of_memory(memory, options.classes))

@@ -7,6 +7,7 @@ the writer had to say. Where it stands the file is complete.
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 
 from vm_core import storage
+from vm_core.errors import VisualMemoryError
 
 BUNDLES = 1024
 """Into how many bundles shards are gathered at most: one writes a file, not each shard."""
@@ -63,10 +65,12 @@ class BatchFile:
     """A complete file, named without its suffix."""
 
     def __init__(self, path: str):
+        """Raises VisualMemoryError, as the methods do, if the file is missing or damaged."""
         self._path = path
-        marker = json.loads(storage.read_bytes(f"{path}.json"))
-        self._batches = {int(key): numbers for key, numbers in marker["batches"].items()}
-        self.facts: dict[str, Any] = marker["facts"]
+        with _readable(f"{path}.json"):
+            marker = json.loads(storage.read_bytes(f"{path}.json"))
+            self._batches = {int(key): numbers for key, numbers in marker["batches"].items()}
+            self.facts: dict[str, Any] = marker["facts"]
 
     @property
     def keys(self) -> list[int]:
@@ -77,7 +81,8 @@ class BatchFile:
         """The batches under a key, in the order of writing; none for a key that has none."""
         for number in self._batches.get(key, ()):
             # Opened for each: a merge reads from a thousand of them side by side.
-            with storage.open_read(f"{self._path}.arrow") as file:
+            path = f"{self._path}.arrow"
+            with _readable(path), storage.open_read(path) as file:
                 columns = _columns(pa.ipc.open_file(file).get_batch(number))
             yield columns
 
@@ -86,9 +91,25 @@ class BatchFile:
         numbers = self._batches.get(key, ())
         if not numbers:
             return []
-        with storage.open_read(f"{self._path}.arrow") as file:
+        path = f"{self._path}.arrow"
+        with _readable(path), storage.open_read(path) as file:
             reader = pa.ipc.open_file(file)
             return [_columns(reader.get_batch(number)) for number in numbers]
+
+
+@contextmanager
+def _readable(path: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+        if isinstance(error, OSError) and error.errno not in (None, errno.ENOENT):
+            raise  # too many open files, no right to read: not the file's fault
+        reason = str(error).partition("\n")[0]
+        raise VisualMemoryError(
+            f"the unfinished work in {path} cannot be read: {type(error).__name__}: {reason}. "
+            f"Remove the folder {path.rpartition('/')[0]} and start the command again: it is "
+            "made anew"
+        ) from error
 
 
 def first_of_bundles(shards: int) -> np.ndarray:

@@ -141,23 +141,24 @@ def plan_build(config: BuildConfig) -> tuple[BuildPlan, list[tuple[int, Split]]]
         "splits": [(i, split.version) for i, split in splits],
     }
     fingerprint = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
-    before = classes_before(root, fingerprint)
+    before = classes_before(root, fingerprint, classes)
     return BuildPlan(root, config, encoder_fingerprint, classes, fingerprint, before), splits
 
 
-def classes_before(root: str, fingerprint: str) -> frozenset[str] | None:
+def classes_before(root: str, fingerprint: str, classes: ClassTable) -> frozenset[str] | None:
     """The keys of the classes that the current version has, None without one.
 
     Where that is a version of this very build, without the classes that were new in it: they
-    still are, and so the index is the same one.
+    still are, and so the index is the same one. Then its table is ``classes``, and the file
+    may have been removed to be made again.
     """
     if memory.current_version(root) is None:
         return None
     current = memory.Memory(root)
     labels = set(current.manifest.class_counts())
-    if current.manifest.build == fingerprint:
-        labels -= set(current.manifest.new_classes)
-    return frozenset(map(current.classes.key, labels))
+    if current.manifest.build != fingerprint:
+        return frozenset(map(current.classes.key, labels))
+    return frozenset(map(classes.key, labels - set(current.manifest.new_classes)))
 
 
 def finished_shards(plan: BuildPlan) -> dict[int, ShardEntry]:
@@ -198,9 +199,9 @@ def is_published(plan: BuildPlan) -> bool:
     same = (
         # As they were asked for: what they came to is not known before the index is there.
         manifest.config["partitioning"] == plan.config.partitioning.model_dump(mode="json")
+        and all(storage.is_file(plan.path(name)) for name in manifest.files)
         and all(
-            partition.folder.startswith(folder)
-            and storage.is_file(plan.path(f"{partition.folder}/partition.json"))
+            partition.folder.startswith(folder) and indexing.is_complete(plan.root, partition)
             for partition in manifest.partitions
         )
     )
@@ -306,9 +307,9 @@ def publish(
     index_plan = plan_index(plan, entries)
     probes, measured = _recall(plan, index_plan, partitions, hits)
     classes = f"{plan.folder}/classes.parquet"
-    class_bytes = plan.classes.to_parquet()
-    storage.write_bytes(plan.path(classes), class_bytes)
+    storage.write_bytes(plan.path(classes), plan.classes.to_parquet())
     centroids = index_plan.centroids
+    files = {name: storage.sha256_file(plan.path(name)) for name in (classes, centroids) if name}
     manifest = Manifest(
         format=memory.FORMAT,
         version="",
@@ -317,8 +318,8 @@ def publish(
             {
                 "encoder": plan.encoder_fingerprint,
                 "files": [sorted(entry.files.values()) for entry in entries],
-                "classes": hashlib.sha256(class_bytes).hexdigest(),
-                "centroids": centroids and storage.sha256_file(plan.path(centroids)),
+                "classes": files[classes],
+                "centroids": centroids and files[centroids],
                 "index": [
                     [partition.index.model_dump(mode="json"), partition.files["rows.parquet"]]
                     for partition in partitions
@@ -339,12 +340,15 @@ def publish(
         partitions=list(partitions),
         recall=measured,
         new_classes=list(index_plan.new_classes),
+        files=files,
         config=plan.config.model_dump(mode="json"),
     )
     published = memory.publish(plan.root, _with_weights(plan.root, manifest))
     storage.remove_directory(plan.path(f"work/{plan.fingerprint}"))
     storage.remove_directory(plan.path(index_plan.work))
     storage.remove_leftovers(plan.path(plan.folder))
+    left = indexing.unnamed_folders(index_plan, published.partitions)
+    memory.remove_unnamed(plan.root, left)
     return published
 
 
@@ -355,8 +359,8 @@ def _with_weights(root: str, manifest: Manifest) -> Manifest:
     current = memory.Memory(root).manifest
     if current.weights is None:
         return manifest
-    folders = [[entry.folder for entry in each.partitions] for each in (current, manifest)]
-    if current.weights.base_digest == manifest.content_digest and folders[0] == folders[1]:
+    # The digest covers which rows are in which partition.
+    if current.weights.base_digest == manifest.content_digest:
         update = {"weights": current.weights, "content_digest": current.content_digest}
         return manifest.model_copy(update=update)
     how = dict(current.weights.settings)

@@ -10,6 +10,7 @@ or a partition. A bundle of shards shares a file: there are few to open.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -36,8 +37,6 @@ from vm_core.search import Router
 from vm_core.shard_rows import DTYPES
 from vm_core.shards import read_shard
 
-_MARKER = "partition.json"
-
 _log = logging.getLogger(__name__)
 
 
@@ -53,7 +52,8 @@ class PartitionEntry(BaseModel):
     """One partition of the index, as a manifest has it.
 
     cell: of the partitioner. count: rows, of which ``home`` belong to this cell and the
-    others are copies. bytes: of all its files, whose SHA-256 ``files`` has.
+    others are copies. bytes: of all its files, whose SHA-256 ``files`` has. folder: named
+    for them, so that two attempts that wrote different files are in different folders.
     """
 
     folder: str
@@ -265,26 +265,56 @@ def plan_partitions(plan: IndexPlan, counts: Sequence[np.ndarray]) -> list[Task]
 
 
 def build_partition(plan: IndexPlan, task: Task) -> PartitionEntry:
-    """Builds one partition from the shards' rows in its cell, or finds it built."""
-    folder = f"{plan.folder}/partition-{task.number:05d}"
-    marker = plan.path(f"{folder}/{_MARKER}")
-    built = storage.read_if_exists(marker)
+    """Builds one partition from the shards' rows in its cell, or finds it built.
+
+    Of several attempts at once, which runners start, one names its files in the marker; the
+    others remove theirs and return its entry. ScaNN's files differ from attempt to attempt,
+    and a mixture of them would open and find little: each attempt has a folder of its own.
+    """
+    name = plan.path(f"{plan.folder}/partition-{task.number:05d}")
+    marker = f"{name}.json"
+    written = storage.read_if_exists(marker)
+    built = None if written is None else PartitionEntry.model_validate_json(written)
+    if built is not None and not is_complete(plan.root, built):
+        built = None
     measure.count_reuse("partitions", built is not None)
     if built is not None:
         _log.info("found partition %d built", task.number)
-        return PartitionEntry.model_validate_json(built)
-    with storage.write_directory_atomic(plan.path(folder)) as local:
-        with measure.timed("gather_ms"):
-            count, home = _write_members(plan, task, local)
-        chosen = plan.index.choose(count)
-        # Mapped from the file just written: what was read to write it is free again.
-        vectors = partitions.map_vectors(local)
-        with measure.timed("build_ms"):
-            chosen.build(vectors, local)
-        sizes = {file.path[len(local) + 1 :]: file.size for file in storage.walk(local)}
-        files = {name: storage.sha256_file(os.path.join(local, name)) for name in sizes}
-    entry = PartitionEntry(
-        folder=folder,
+        return built
+    with storage.temporary_directory(name) as local:
+        entry = _write_partition(plan, task, local)
+        if not is_complete(plan.root, entry):  # an attempt with the same bytes
+            storage.move_directory(local, plan.path(entry.folder))
+    if not storage.swap(marker, written, entry.model_dump_json(indent=1).encode()):
+        first = PartitionEntry.model_validate_json(storage.read_bytes(marker))
+        if first.folder != entry.folder:
+            storage.remove_directory(plan.path(entry.folder))
+        _log.info("another attempt has built partition %d before", task.number)
+        return first
+    report("index", 1)
+    measure.count("done_rows", entry.count)
+    measure.count("written_bytes", entry.bytes)
+    _log.info(
+        "built partition %d (%s): %d rows, %d bytes",
+        *(task.number, entry.index.kind, entry.count, entry.bytes),
+    )
+    return entry
+
+
+def _write_partition(plan: IndexPlan, task: Task, local: str) -> PartitionEntry:
+    """Writes a partition's files into a local folder."""
+    with measure.timed("gather_ms"):
+        count, home = _write_members(plan, task, local)
+    chosen = plan.index.choose(count)
+    # Mapped from the file just written: what was read to write it is free again.
+    vectors = partitions.map_vectors(local)
+    with measure.timed("build_ms"):
+        chosen.build(vectors, local)
+    sizes = {file.path[len(local) + 1 :]: file.size for file in storage.walk(local)}
+    files = {name: storage.sha256_file(os.path.join(local, name)) for name in sizes}
+    digest = hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()[:12]
+    return PartitionEntry(
+        folder=f"{plan.folder}/partition-{task.number:05d}-{digest}",
         cell=task.cell,
         count=count,
         home=home,
@@ -292,14 +322,23 @@ def build_partition(plan: IndexPlan, task: Task) -> PartitionEntry:
         index=chosen,
         files=files,
     )
-    storage.write_bytes(marker, entry.model_dump_json(indent=1).encode())
-    report("index", 1)
-    measure.count("done_rows", count)
-    measure.count("written_bytes", entry.bytes)
-    _log.info(
-        "built partition %d (%s): %d rows, %d bytes", task.number, chosen.kind, count, entry.bytes
-    )
-    return entry
+
+
+def is_complete(root: str, entry: PartitionEntry) -> bool:
+    """Whether a partition's files are all there, by their number and their size."""
+    try:
+        found = storage.walk(storage.join(root, entry.folder))
+    except FileNotFoundError:
+        return False
+    return (len(found), sum(file.size for file in found)) == (len(entry.files), entry.bytes)
+
+
+def unnamed_folders(plan: IndexPlan, entries: Sequence[PartitionEntry]) -> list[str]:
+    """Relative paths of folders that attempts left and that no entry names."""
+    below = f"{plan.folder}/"
+    files = [file.path.rpartition(below)[2] for file in storage.walk(plan.path(plan.folder))]
+    folders = {below + file.partition("/")[0] for file in files if "/" in file}
+    return sorted(folders - {entry.folder for entry in entries})
 
 
 def _write_members(plan: IndexPlan, task: Task, folder: str) -> tuple[int, int]:
@@ -324,9 +363,10 @@ def read_held_out(plan: IndexPlan, entries: Sequence[PartitionEntry]) -> HeldOut
     """The held-out queries of all partitions."""
     parts: dict[str, list[np.ndarray]] = {"vectors": [], "labels": []}
     for entry in sorted(entries, key=lambda entry: entry.folder):
-        for name, arrays in parts.items():
-            with storage.open_read(plan.path(f"{entry.folder}/held_out_{name}.npy")) as file:
-                arrays.append(np.load(file, allow_pickle=False))
+        names = {name: f"held_out_{name}.npy" for name in parts}
+        with _local_files(plan.root, entry, list(names.values())) as local:
+            for name, arrays in parts.items():
+                arrays.append(np.load(os.path.join(local, names[name])))
     return HeldOut(np.concatenate(parts["vectors"]), np.concatenate(parts["labels"]))
 
 
@@ -349,19 +389,53 @@ def search_held_out(
 
 
 def open_partition(root: str, entry: PartitionEntry) -> Partition:
-    """Opens a partition, its index ready to search. Raises if rows are missing."""
+    """Opens a partition, its index ready to search. Raises as ``_local_files``."""
+    with _local_files(root, entry) as local:
+        partition = partitions.open_partition(local, entry.index)
+        _check_count(root, entry, partition.members)
+        return partition
+
+
+@contextlib.contextmanager
+def _local_files(
+    root: str, entry: PartitionEntry, names: Sequence[str] | None = None
+) -> Iterator[str]:
+    """A local folder with a partition's files, or those named, to be opened inside the block.
+
+    Raises VisualMemoryError for files that are missing or damaged. A download is compared
+    with the checksums; on a disk, where that would take longer than to open the files, they
+    are compared if the block fails.
+    """
     folder = storage.join(root, entry.folder)
-    partition = partitions.open_partition(folder, entry.index)
-    check_count(folder, entry, partition.members)
-    return partition
+    files = {name: entry.files[name] for name in names or entry.files}
+    try:
+        with storage.local_copy(folder, list(files)) as local:
+            if not storage.is_local(folder):
+                _check_files(folder, storage.damaged(local, files))
+            yield local
+    except VisualMemoryError:
+        raise
+    except Exception as error:  # whatever Arrow, NumPy or ScaNN make of it
+        _check_files(folder, storage.damaged(folder, files), error)
+        raise
 
 
-def check_count(folder: str, entry: PartitionEntry, members: Members) -> None:
+def _check_files(folder: str, damaged: Mapping[str, str], cause: Exception | None = None) -> None:
+    if damaged:
+        said = "; ".join(f"{name} {what}" for name, what in damaged.items())
+        said += f" ({type(cause).__name__}: {str(cause).partition(chr(10))[0]})" if cause else ""
+        raise VisualMemoryError(
+            f"partition {folder}: {said}. Restore its files, or remove the folder and start the "
+            "build again"
+        ) from cause
+
+
+def _check_count(root: str, entry: PartitionEntry, members: Members) -> None:
     if not len(members) == len(members.vectors) == entry.count:
         raise VisualMemoryError(
-            f"partition {folder} has {len(members):,} rows and {len(members.vectors):,} vectors "
-            f"where the manifest says {entry.count:,}: files are missing or cut off. Restore them "
-            "or build again"
+            f"partition {storage.join(root, entry.folder)} has {len(members):,} rows and "
+            f"{len(members.vectors):,} vectors where the manifest says {entry.count:,}: files are "
+            "missing or cut off. Restore them, or remove the folder and start the build again"
         )
 
 

@@ -9,7 +9,8 @@ builds/FINGERPRINT/          what one build wrote; FINGERPRINT covers inputs and
   shard-00000-of-00004.json  written last: this shard is complete
   classes.parquet
   index-RECIPE/centroids.npy   of the partitioner, if there is more than one cell
-  index-RECIPE/partition-00000/
+  index-RECIPE/partition-00000-FILES/
+  index-RECIPE/partition-00000.json   written last: which folder is the partition
 weights/FINGERPRINT/         weights of pruned items, see vm_core.weights
 work/FINGERPRINT/            checkpoints of an unfinished build
 """
@@ -68,7 +69,8 @@ class Manifest(BaseModel):
     """What a version of a memory consists of.
 
     probes: cells that a query visits. recall: None where the search is exact. new_classes:
-    labels that the last version of another build did not have.
+    labels that the last version of another build did not have. files: the class table and the
+    centroids, with the SHA-256 of each; none in earlier manifests.
     """
 
     format: int
@@ -88,6 +90,7 @@ class Manifest(BaseModel):
     recall: Recall | None
     new_classes: list[int] = []
     weights: WeightsEntry | None = None
+    files: dict[str, str] = {}
     config: dict[str, Any]
 
     @field_validator("encoder", mode="before")
@@ -152,6 +155,35 @@ class Memory:
 
     def path(self, relative: str) -> str:
         return storage.join(self.root, relative)
+
+    def files(self) -> dict[str, str]:
+        """The SHA-256 of the files that are this version, by their path below the memory."""
+        files = dict(self.manifest.files)
+        if self.manifest.weights is not None:
+            files |= self.manifest.weights.files
+        for shard in self.manifest.shards:
+            files |= shard.files
+        for entry in self.manifest.partitions:
+            files |= {f"{entry.folder}/{name}": digest for name, digest in entry.files.items()}
+        return files
+
+    def check_files(self) -> int:
+        """Reads every file of this version and returns their number.
+
+        Raises VisualMemoryError if one is not as it was written.
+        """
+        files = self.files()
+        damaged = storage.damaged(self.root, files)
+        if damaged:
+            some = "".join(f"\n  {name} {what}" for name, what in list(damaged.items())[:20])
+            remedy = "Restore them from a copy, or remove them and start the build again"
+            if self.manifest.weights is not None and damaged.keys() & self.manifest.weights.files:
+                remedy += "; take weights back with visual-memory prune --undo"
+            raise VisualMemoryError(
+                f"{len(damaged):,} of {len(files):,} files of {self.root}, version "
+                f"{self.manifest.version}, are missing or damaged:{some}\n{remedy}"
+            )
+        return len(files)
 
     def first_rows(self) -> np.ndarray:
         """(shards + 1,) int64: the number of each shard's first row, and of all rows."""
@@ -323,6 +355,21 @@ def _claim(root: str, manifest: Manifest) -> Manifest:
 
 def _name(pointer: bytes) -> str:
     return pointer.decode().strip()
+
+
+def remove_unnamed(root: str, folders: Sequence[str]) -> None:
+    """Removes those of the folders, relative to the memory, that no version names.
+
+    A folder that the newest version lacks may be an earlier one's: a partition that had lost
+    files was built again, or its folder was named in another way. Manifests are searched as
+    text, since they may be of another format.
+    """
+    if folders:
+        for file in storage.walk(storage.join(root, "versions")):
+            text = storage.read_bytes(file.path)
+            folders = [folder for folder in folders if f'"{folder}"'.encode() not in text]
+    for folder in folders:
+        storage.remove_directory(storage.join(root, folder))
 
 
 def _version_numbers(root: str) -> list[int]:

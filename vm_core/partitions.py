@@ -20,7 +20,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from vm_core import storage
 from vm_core.index import Index, TopK
 from vm_core.records import strings
 from vm_core.shard_rows import DTYPES
@@ -122,10 +121,9 @@ def storable(vectors: np.ndarray) -> np.ndarray:
 
 
 def open_partition(folder: str, index: Index) -> Partition:
-    """Opens a partition with its index, from any storage."""
-    with storage.local_copy(folder) as local:
-        members = _read_members(os.path.join(local, ROWS), os.path.join(local, _VECTORS))
-        return Partition(members, index.open(members.vectors, local))
+    """Opens a partition in a local folder, which may be gone afterwards, with its index."""
+    members = _read_members(folder)
+    return Partition(members, index.open(members.vectors, folder))
 
 
 def read_rows(file: Any) -> pa.Table:
@@ -133,23 +131,20 @@ def read_rows(file: Any) -> pa.Table:
     return pq.read_table(file, schema=ROWS_SCHEMA).combine_chunks()
 
 
-def _read_members(rows: str, vectors: str) -> Members:
-    table = read_rows(rows)
+def _read_members(folder: str) -> Members:
+    """Their vectors are mapped."""
+    table = read_rows(os.path.join(folder, ROWS))
     names = table["id"]
     return Members(
         table["row"].to_numpy(),
         names.chunk(0) if names.num_chunks else pa.array([], pa.string()),
         table["label"].to_numpy(),
         table["home"].to_numpy(),
-        _map(vectors),
+        map_vectors(folder),
     )
 
 
 def map_vectors(folder: str) -> np.ndarray:
     """The (N, D) vectors of a partition in a local folder, mapped; they outlive the folder."""
-    return _map(os.path.join(folder, _VECTORS))
-
-
-def _map(path: str) -> np.ndarray:
-    vectors = np.load(path, mmap_mode="r")
+    vectors = np.load(os.path.join(folder, _VECTORS), mmap_mode="r")
     return vectors.view(DTYPES["bfloat16"]) if vectors.dtype == np.uint16 else vectors

@@ -19,7 +19,7 @@ import re
 import shutil
 import tempfile
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import IO, NamedTuple
 
@@ -327,29 +327,46 @@ def write_directory_atomic(path: str) -> Iterator[str]:
     For libraries that can only write a folder of files. On an object store the
     files are uploaded one by one: write a marker beside them afterwards.
     """
+    with temporary_directory(path) as local:
+        yield local
+        move_directory(local, path)
+
+
+@contextlib.contextmanager
+def temporary_directory(path: str) -> Iterator[str]:
+    """Yields a local folder to fill, for ``move_directory`` to a place beside ``path``."""
     filesystem, name = _filesystem(path)
     if not isinstance(filesystem, LocalFileSystem):
         with tempfile.TemporaryDirectory() as local:
             yield local
-            earlier = filesystem.find(name)
-            files = [file.path for file in _walk_local(local)]
-            written = [name + file.removeprefix(local) for file in files]
-            _each(filesystem.put_file, files, written)
-            _each(filesystem.rm_file, [file for file in earlier if file not in set(written)])
         return
     os.makedirs(os.path.dirname(name), exist_ok=True)
     temporary = _temporary_name(name)
     os.mkdir(temporary)
     try:
         yield temporary
-        while not _moved(temporary, name):  # a second attempt may be doing the same
-            doomed = _temporary_name(name)
-            with contextlib.suppress(FileNotFoundError):
-                os.rename(name, doomed)
-            shutil.rmtree(doomed, ignore_errors=True)
-    except BaseException:
+    finally:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise
+
+
+def move_directory(local: str, path: str) -> None:
+    """Puts a local folder in the place of the one at ``path``, if there is one.
+
+    On a disk by a rename; on an object store file by file.
+    """
+    filesystem, name = _filesystem(path)
+    if not isinstance(filesystem, LocalFileSystem):
+        earlier = filesystem.find(name)
+        files = [file.path for file in _walk_local(local)]
+        written = [name + file.removeprefix(local) for file in files]
+        _each(filesystem.put_file, files, written)
+        _each(filesystem.rm_file, [file for file in earlier if file not in set(written)])
+        return
+    while not _moved(local, name):  # a second attempt may be doing the same
+        doomed = _temporary_name(name)
+        with contextlib.suppress(FileNotFoundError):
+            os.rename(name, doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
 
 
 def _moved(folder: str, name: str) -> bool:
@@ -364,15 +381,22 @@ def _moved(folder: str, name: str) -> bool:
 
 
 @contextlib.contextmanager
-def local_copy(path: str) -> Iterator[str]:
-    """A local path with the content of a file or folder: itself, or a temporary download."""
+def local_copy(path: str, names: Sequence[str] | None = None) -> Iterator[str]:
+    """A local path with the content of a file or folder: itself, or a temporary download.
+
+    names: the files below the folder that are needed, all if None. Raises FileNotFoundError
+    if the store has not got them; of a local path nothing is looked at.
+    """
     filesystem, name = _filesystem(path)
     if isinstance(filesystem, LocalFileSystem):
         yield name
         return
     with tempfile.TemporaryDirectory() as local:
         target = os.path.join(local, posixpath.basename(name))
-        files = [name] if is_file(path) else filesystem.find(name)
+        if names is not None:
+            files = [join(name, each) for each in names]
+        else:
+            files = [name] if is_file(path) else filesystem.find(name)
         if not files:
             raise _no_file(path)
         copies = [target + file.removeprefix(name) for file in files]
@@ -396,7 +420,12 @@ def remove_directory(path: str) -> None:
         with contextlib.suppress(FileNotFoundError):
             filesystem.rm(name, recursive=True)
     else:  # fsspec's would take brackets in the name for a pattern
-        _each(filesystem.rm_file, filesystem.find(name))
+
+        def remove(file: str) -> None:
+            with contextlib.suppress(FileNotFoundError):  # another attempt may do the same
+                filesystem.rm_file(file)
+
+        _each(remove, filesystem.find(name))
 
 
 def remove_leftovers(folder: str) -> None:
@@ -429,6 +458,25 @@ def sha256_file(path: str) -> str:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def damaged(root: str, files: Mapping[str, str]) -> dict[str, str]:
+    """Which files are not as they were written, by name, and what is the matter with them.
+
+    files: the SHA-256 of each by its path below ``root``.
+    """
+
+    def examine(name: str) -> str:
+        try:
+            digest = sha256_file(join(root, name))
+        except FileNotFoundError:
+            return "is missing"
+        right = files[name]
+        return "" if digest == right else f"is damaged: its SHA-256 is {digest}, not {right}"
+
+    with ThreadPoolExecutor(_REQUESTS) as pool:
+        found = dict(zip(files, pool.map(examine, files), strict=True))
+    return {name: said for name, said in found.items() if said}
 
 
 def _temporary_name(name: str) -> str:

@@ -127,6 +127,17 @@ def test_build_and_inspect(run, few_photos, small_encoder, tmp_path):
     status, out, _ = run("inspect", memory, "--json")
     manifest = json.loads(out)
     assert manifest["version"] == "000001" and len(manifest["shards"]) == 3
+    status, out, _ = run("inspect", memory, "--verify")
+    assert (status, out) == (0, "12 files of version 000001 are as they were written\n")
+    damaged, missing = manifest["shards"][1]["embeddings"], manifest["shards"][2]["quarantine"]
+    data = (memory / damaged).read_bytes()
+    (memory / damaged).write_bytes(data[:-8] + bytes(8))
+    (memory / missing).unlink()
+    status, out, err = run("inspect", memory, "--verify")
+    assert (status, out) == (2, "")
+    assert f"2 of 12 files of {memory}, version 000001, are missing or damaged:" in err
+    assert f"  {damaged} is damaged: its SHA-256 is " in err and f"  {missing} is missing" in err
+    assert "remove them and start the build again" in err
     status, _, err = run("inspect", memory, "--version", "000009")
     assert status == 2 and "has no version '000009'" in err
 

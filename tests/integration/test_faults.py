@@ -19,7 +19,7 @@ from vm_core.memory import Memory
 SOURCES = 8
 TRIGGERS = {
     "embed": ("build", "work/*/*.arrow"),
-    "index": ("build", "builds/*/index-*/partition-00000/partition.json"),
+    "index": ("build", "builds/*/index-*/partition-00000.json"),
     "home": ("score", "work/scores-*/home-*.json"),
 }
 """By the stage that is hit: the command, and the first file that says it is under way."""

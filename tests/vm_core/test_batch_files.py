@@ -1,10 +1,14 @@
 """Batches come back under their keys; a file without its marker is not there."""
 
+import errno
+import re
+
 import numpy as np
 import pytest
 
-from vm_core import batch_files
+from vm_core import batch_files, storage
 from vm_core.batch_files import BatchFile
+from vm_core.errors import VisualMemoryError
 from vm_core.records import strings
 
 
@@ -48,3 +52,34 @@ def test_a_writer_that_fails_leaves_nothing(tmp_path):
             out.write(0, {"number": np.arange(3)})
             raise ZeroDivisionError
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("suffix", ["json", "arrow"])
+@pytest.mark.parametrize("share", [None, 0, 0.5, 0.9])
+def test_damage_is_named_with_what_to_do(tmp_path, suffix, share):
+    path = str(tmp_path / "work" / "file")
+    with batch_files.writing(path) as out:
+        for key in range(3):
+            out.write(key, {"number": np.arange(1_000), "text": strings(["a"] * 1_000)})
+    damaged = tmp_path / "work" / f"file.{suffix}"
+    data = damaged.read_bytes()
+    damaged.unlink()
+    if share is not None:
+        damaged.write_bytes(data[: int(share * len(data))])
+    expected = f"in {re.escape(str(damaged))} cannot be read: .*Remove the folder {tmp_path}/work "
+    for read in (lambda file: file.read_at_once(2), lambda file: list(file.read(2))):
+        with pytest.raises(VisualMemoryError, match=expected):
+            read(BatchFile(path))
+
+
+def test_what_is_not_the_file_s_fault_stays_what_it_is(tmp_path, monkeypatch):
+    path = str(tmp_path / "file")
+    with batch_files.writing(path) as out:
+        out.write(0, {"number": np.arange(3)})
+
+    def full(_):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(storage, "open_read", full)
+    with pytest.raises(OSError, match="Too many open files"):
+        BatchFile(path).read_at_once(0)

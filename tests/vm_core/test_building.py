@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from vm_core import building, config, encoders, indexing, pruning, recall
+from vm_core import building, config, encoders, indexing, pruning, recall, storage
 from vm_core.building import BuildConfig, BuildPlan
 from vm_core.classes import ClassTable
 from vm_core.errors import VisualMemoryError
@@ -38,7 +38,7 @@ def plan_of(
     )
     table = ClassTable.from_keys([named], {}) if named else ClassTable()
     build = f"made-up-{classes}-{'-'.join(named)}"
-    before = building.classes_before(str(root), build)
+    before = building.classes_before(str(root), build, table)
     return BuildPlan(str(root), config, "print", table, build, before)
 
 
@@ -179,6 +179,11 @@ def test_weights_stay_with_their_partitions(tmp_path):
         removed
     )
     assert build(plan_of(tmp_path, probes=3)).version == "000003"
+    opened = Memory(str(tmp_path))
+    assert opened.check_files() == len(opened.files())
+    (tmp_path / manifest.weights.file(1)).unlink()
+    with pytest.raises(VisualMemoryError, match=r"(?s)1 of .* is missing\n.*prune --undo$"):
+        opened.check_files()
     undone = pruning.undo(Memory(str(tmp_path)))
     assert undone.weights is None and undone.probes == 3
 
@@ -202,9 +207,12 @@ def test_a_build_that_drops_the_pruning_says_so_and_how_to_repeat_it(tmp_path, c
     memory = Memory(str(tmp_path))
     prune(memory, [0], PruneConfig(memory=memory.root, **settings).recipe)
     assert not caplog.text
-    assert build(plan_of(tmp_path, probes=1, recall_queries=90)).weights is None
+    # The same rows in the same partitions, in other folders: the weights still fit.
+    assert build(plan_of(tmp_path, probes=1, recall_queries=90)).weights is not None
+    assert not caplog.text
+    assert build(plan_of(tmp_path, probes=1, partitioning={"rows": 70})).weights is None
     text = caplog.messages[0]
-    assert "version 000002 of" in text and "is pruned (1 items removed, 0 weighted)" in text
+    assert "version 000003 of" in text and "is pruned (1 items removed, 0 weighted)" in text
     command = shlex.split(text.partition("Prune it as well: ")[2])
     assert command[:4] == ["visual-memory", "prune", "--memory", str(tmp_path)]
     assert command[4::2] == ["--set"] * len(command[5::2])
@@ -212,3 +220,73 @@ def test_a_build_that_drops_the_pruning_says_so_and_how_to_repeat_it(tmp_path, c
     given = PruneConfig(memory=memory.root, **settings)
     assert again.recipe == given.recipe
     assert again.leave_one_out_settings == given.leave_one_out_settings
+
+
+def test_a_partition_that_lost_a_file_is_built_again(tmp_path):
+    plan = plan_of(tmp_path, probes=1)
+    first = build(plan)
+    kept, lost = (tmp_path / first.partitions[n].folder / "vectors.npy" for n in (0, 1))
+    stamp = kept.stat().st_mtime_ns
+    lost.write_bytes(lost.read_bytes()[:-1])
+    assert not building.is_published(plan)
+    assert build(plan) == first and building.is_published(plan)
+    assert kept.stat().st_mtime_ns == stamp
+    assert not storage.damaged(str(tmp_path), Memory(str(tmp_path)).files())
+
+
+@pytest.mark.parametrize("name", ["classes", "centroids"])
+def test_a_lost_file_that_all_partitions_share_is_made_again(tmp_path, name):
+    plan = plan_of(tmp_path, probes=1)
+    first = build(plan)
+    memory = Memory(str(tmp_path))
+    path = tmp_path / getattr(first, name)
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+    expected = f"version 000001, are missing or damaged:\n  {getattr(first, name)} is damaged: its "
+    with pytest.raises(VisualMemoryError, match=expected):
+        memory.check_files()
+    path.unlink()
+    plan = plan_of(tmp_path, probes=1)  # needs neither
+    assert not building.is_published(plan)
+    assert build(plan) == first and building.is_published(plan)
+    assert not storage.damaged(memory.root, memory.files())
+
+
+def test_folders_of_other_attempts_go_and_those_of_versions_stay(tmp_path):
+    first = build(plan_of(tmp_path, probes=1))
+    index = (tmp_path / first.partitions[0].folder).parent
+    (index / "partition-00001-0000killed00").mkdir()
+    (index / "partition-00001-0000killed00" / "rows.parquet").write_bytes(b"half")
+    before = {path.name for path in index.iterdir()}
+    assert build(plan_of(tmp_path, probes=2)).version == "000002"
+    assert before - {path.name for path in index.iterdir()} == {"partition-00001-0000killed00"}
+    for version in ("000001", "000002"):
+        assert not storage.damaged(str(tmp_path), Memory(str(tmp_path), version).files())
+
+
+def test_a_memory_of_the_earlier_layout_is_read_and_the_next_build_leaves_it_whole(tmp_path):
+    """Then a partition's folder was named for its number, and the marker was inside."""
+    plan = plan_of(tmp_path, probes=1)
+    first = build(plan)
+    text = (tmp_path / "versions" / "000001.json").read_text()
+    for number, entry in enumerate(first.partitions):
+        folder = entry.folder.rpartition("-")[0]
+        (tmp_path / entry.folder).rename(tmp_path / folder)
+        (tmp_path / f"{folder}.json").rename(tmp_path / folder / "partition.json")
+        text = text.replace(f'"{entry.folder}"', f'"{folder}"')
+        assert folder.endswith(f"partition-{number:05d}")
+    (tmp_path / "versions" / "000001.json").write_text(text)
+
+    def searched(version):
+        memory = Memory(str(tmp_path), version)
+        assert not storage.damaged(memory.root, memory.files())
+        members = memory.open_partition(0).members
+        sources = strings(["x"] * len(members))
+        queries = EmbeddingBlock(members.ids, members.labels, sources, members.vectors)
+        return memory.searcher(99)(queries, 5)
+
+    before = searched("000001")
+    assert not building.is_published(plan) and build(plan).version == "000002"
+    assert building.is_published(plan)
+    for version in ("000001", "000002"):
+        found = searched(version)
+        assert (found.ids == before.ids).all() and (found.distances == before.distances).all()

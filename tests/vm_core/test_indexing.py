@@ -3,6 +3,7 @@
 import hashlib
 import os
 import pickle
+import re
 import shutil
 
 import fsspec
@@ -11,6 +12,7 @@ import pytest
 
 from vm_core import batch_files, index, indexing, partitioning, partitions, recall, storage
 from vm_core.errors import VisualMemoryError
+from vm_core.index import exact
 from vm_core.index.exact import top_k
 from vm_core.indexing import IndexPlan, ShardRows
 from vm_core.partitioning import Partitioning
@@ -110,7 +112,8 @@ def test_members_know_where_they_stand_in_the_shards(tmp_path):
     rows = block(3)
     plan = plan_of(str(tmp_path), rows, rows=70)
     for entry in build(plan):
-        members = partitions.open_partition(plan.path(entry.folder), entry.index).members
+        members = indexing.open_partition(plan.root, entry).members
+        assert isinstance(members.vectors, np.memmap)  # on a disk nothing is copied or hashed
         np.testing.assert_array_equal(members.ids, rows.ids[members.rows])
         np.testing.assert_array_equal(members.vectors, rows.vectors[members.rows])
         assert list(members.ids) == sorted(members.ids)
@@ -166,6 +169,145 @@ def test_a_partition_with_missing_rows_is_refused(tmp_path):
     path = os.path.join(plan.path(entry.folder), "vectors.npy")
     np.save(path, np.load(path)[1:])
     with pytest.raises(VisualMemoryError, match=r"has 600 rows and 599 vectors where .* 600"):
+        indexing.open_partition(plan.root, entry)
+
+
+@pytest.fixture(params=["local", "memory", "bucket"])
+def root(request, tmp_path):
+    if request.param == "local":
+        yield str(tmp_path / "memory")
+    elif request.param == "bucket":
+        yield request.getfixturevalue("bucket") + "/memory"
+    else:
+        yield "memory://attempts"
+        fsspec.filesystem("memory").rm("/attempts", recursive=True)
+
+
+def differing_builds(monkeypatch, during=lambda attempt: None):
+    """Every build of an index writes other bytes, as ScaNN does; ``during`` it, more happens."""
+    attempts = []
+
+    def build(_, vectors, folder):
+        attempts.append(folder)
+        number = len(attempts)
+        for name in ("codebook", "hashed"):
+            with open(os.path.join(folder, name), "w") as file:
+                file.write(f"attempt {number}" * number)
+        during(number)
+
+    monkeypatch.setattr(exact.Plugin, "build", build)
+    return attempts
+
+
+def test_of_two_attempts_at_once_one_is_the_partition(root, monkeypatch):
+    plan = plan_of(root, block(9))
+    (task,) = indexing.plan_partitions(plan, [indexing.assign_shards(plan, n) for n in range(3)])
+    won = []
+
+    def overtaken(attempt):
+        if attempt == 1:
+            won.append(indexing.build_partition(plan, task))
+
+    attempts = differing_builds(monkeypatch, overtaken)
+    assert indexing.build_partition(plan, task) == won[0]
+    assert len(attempts) == 2
+    assert not storage.damaged(plan.path(won[0].folder), won[0].files)
+    assert indexing.unnamed_folders(plan, won) == []
+    assert indexing.build_partition(plan, task) == won[0] and len(attempts) == 2
+    assert len(indexing.open_partition(root, won[0]).members) == ROWS
+
+
+@pytest.mark.parametrize("root", ["memory", "bucket"], indirect=True)
+def test_an_attempt_that_dies_while_it_uploads_harms_no_other(root, monkeypatch):
+    plan = plan_of(root, block(9))
+    (task,) = indexing.plan_partitions(plan, [indexing.assign_shards(plan, n) for n in range(3)])
+    won = []
+    upload = storage._each
+
+    def overtaken(attempt):
+        if attempt == 1:
+            won.append(indexing.build_partition(plan, task))
+            monkeypatch.setattr(storage, "_each", half)
+
+    def half(call, files, *more):
+        upload(call, files[::2], *(each[::2] for each in more))
+        raise KeyboardInterrupt
+
+    differing_builds(monkeypatch, overtaken)
+    with pytest.raises(KeyboardInterrupt):
+        indexing.build_partition(plan, task)
+    monkeypatch.setattr(storage, "_each", upload)
+    assert not storage.damaged(plan.path(won[0].folder), won[0].files)
+    assert indexing.build_partition(plan, task) == won[0]
+    assert len(indexing.unnamed_folders(plan, won)) == 1
+
+
+def change(path, how):
+    """Damages a file on any storage."""
+    data = storage.read_bytes(path)
+    if how == "removed":
+        filesystem, name = fsspec.core.url_to_fs(path)
+        filesystem.rm_file(name)
+    elif how == "cut":
+        storage.write_bytes(path, data[: len(data) // 2])
+    else:
+        storage.write_bytes(path, data[:-64] + data[-64:][::-1])
+
+
+@pytest.mark.parametrize("root", ["local", "memory"], indirect=True)
+@pytest.mark.parametrize("name", ["rows.parquet", "vectors.npy"])
+@pytest.mark.parametrize("how", ["removed", "cut", "reversed"])
+def test_damaged_files_are_named(root, name, how):
+    plan = plan_of(root, block(6))
+    (entry,) = build(plan)
+    path = storage.join(plan.path(entry.folder), name)
+    change(path, how)
+    said = "is missing" if how == "removed" else "is damaged: its SHA-256 is "
+    expected = re.escape(f"partition {plan.path(entry.folder)}: {name} {said}")
+    remedy = r".*Restore its files, or remove the folder and start the build again$"
+    assert list(storage.damaged(plan.path(entry.folder), entry.files)) == [name]
+    if (name, how) == ("vectors.npy", "reversed") and storage.is_local(root):
+        indexing.open_partition(root, entry)  # on a disk only a comparison of checksums notices
+        return
+    with pytest.raises(VisualMemoryError, match=expected + remedy):
+        indexing.open_partition(root, entry)
+
+
+def test_damaged_files_of_scann_are_named(tmp_path):
+    generator = np.random.default_rng(0)
+    vectors = generator.normal(size=(1_200, 16)).astype(np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    ids = strings([f"{n:04d}" for n in range(1_200)])
+    rows = EmbeddingBlock(ids, np.zeros(1_200, np.int64), strings(["x"] * 1_200), vectors)
+    summary = write_shard(str(tmp_path / "shard"), rows, "print", "float32")
+    plan = IndexPlan(
+        root=str(tmp_path),
+        build_folder="build",
+        shards=(ShardRows("shard", summary.count, summary.sha256),),
+        class_counts={0: 1_200},
+        dtype="float32",
+        index=index.parse({"kind": "scann"}),
+        partitioning=Partitioning(),
+        recall_queries=20,
+    )
+    (task,) = indexing.plan_partitions(plan, [indexing.assign_shards(plan, 0)])
+    entry = indexing.build_partition(plan, task)
+    assert indexing.open_partition(plan.root, entry).search(vectors[:5], 1)[0].shape == (5, 1)
+    for name in ("tuned.json", "scann/scann_config.pb", "scann/hashed_dataset.npy"):
+        path = storage.join(plan.path(entry.folder), name)
+        whole = storage.read_bytes(path)
+        for how in ("removed", "cut"):
+            change(path, how)
+            with pytest.raises(VisualMemoryError, match=re.escape(f"{entry.folder}: {name} is ")):
+                indexing.open_partition(plan.root, entry)
+            storage.write_bytes(path, whole)
+
+
+def test_an_error_that_is_no_damage_stays_what_it_is(tmp_path, monkeypatch):
+    plan = plan_of(str(tmp_path), block(6))
+    (entry,) = build(plan)
+    monkeypatch.setattr(partitions, "open_partition", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
         indexing.open_partition(plan.root, entry)
 
 

@@ -356,6 +356,19 @@ def test_remove_directory(root):
     assert listed(root) == ["/c"]
 
 
+def test_two_attempts_remove_one_folder(monkeypatch):
+    root = "memory://removed"
+    for name in ("a", "b", "c"):
+        storage.write_bytes(f"{root}/{name}", b"1")
+    filesystem = fsspec.filesystem("memory")
+    names = filesystem.find("/removed")
+    filesystem.rm_file(names[1])  # by the other one, after the folder was listed
+    monkeypatch.setattr(type(filesystem), "find", lambda *_: names)
+    storage.remove_directory(root)
+    monkeypatch.undo()
+    assert not filesystem.find("/removed")
+
+
 def test_absolute(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", "/home/me")
