@@ -19,7 +19,7 @@ import pyarrow as pa
 from pydantic import Field, SerializeAsAny, field_validator
 
 from vm_core import encoders, index, indexing, measure, memory, plugins, recall, sources, storage
-from vm_core.classes import ClassTable
+from vm_core.classes import ClassTable, add_counts, pack_counts
 from vm_core.embedding import EmbedPlan, ImageSettings, gather
 from vm_core.encoders import Encoder
 from vm_core.errors import VisualMemoryError
@@ -155,7 +155,7 @@ def classes_before(root: str, fingerprint: str, classes: ClassTable) -> frozense
     if memory.current_version(root) is None:
         return None
     current = memory.Memory(root)
-    labels = set(current.manifest.class_counts())
+    labels = set(current.manifest.class_counts)
     if current.manifest.build != fingerprint:
         return frozenset(map(current.classes.key, labels))
     return frozenset(map(classes.key, labels - set(current.manifest.new_classes)))
@@ -240,7 +240,7 @@ def write_shard_files(plan: BuildPlan, shard: int, parts: Iterable[Embedded]) ->
         embedded=len(block),
         quarantined=len(rejected),
         duplicates=duplicates,
-        class_counts=dict(sorted(Counter(block.labels.tolist()).items())),
+        class_counts=pack_counts(block.labels),
         source_counts=dict(sorted(Counter(block.sources).items())),
         reasons=count_reasons(rejected),
     )
@@ -260,10 +260,9 @@ def plan_index(plan: BuildPlan, entries: Sequence[ShardEntry]) -> IndexPlan:
     """
     entries = sorted(entries, key=lambda entry: entry.embeddings)
     reasons: Counter[str] = Counter()
-    class_counts: Counter[int] = Counter()
     for entry in entries:
         reasons.update(entry.reasons)
-        class_counts.update(entry.class_counts)
+    class_counts = add_counts(entry.class_counts for entry in entries)
     check_failures(
         sum(entry.read for entry in entries),
         sum(entry.quarantined for entry in entries),
@@ -282,7 +281,7 @@ def plan_index(plan: BuildPlan, entries: Sequence[ShardEntry]) -> IndexPlan:
             ShardRows(entry.embeddings, entry.embedded, entry.files[entry.embeddings])
             for entry in entries
         ),
-        class_counts=dict(class_counts),
+        class_counts=class_counts,
         dtype=plan.config.dtype,
         index=plan.config.index,
         partitioning=plan.config.partitioning,
@@ -334,7 +333,8 @@ def publish(
         dimension=max(entry.dimension for entry in entries),
         dtype=plan.config.dtype,
         classes=classes,
-        shards=list(entries),
+        class_counts=dict(index_plan.class_counts),
+        shards=[entry.model_copy(update={"class_counts": ""}) for entry in entries],
         centroids=centroids,
         probes=probes,
         partitions=list(partitions),

@@ -6,11 +6,15 @@ label is the integer that every array holds.
 
 from __future__ import annotations
 
+import base64
 import io
+import zlib
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -138,3 +142,22 @@ def read_class_list(path: str) -> dict[str, str]:
 
 def _is_label(key: str) -> bool:
     return key.isascii() and key.isdigit() and len(key) <= 18 and str(int(key)) == key
+
+
+def pack_counts(labels: np.ndarray) -> str:
+    """How many rows have each of the (N,) int64 labels, in a few bytes a class, as text.
+
+    A shard may have tens of thousands of classes, and a memory tens of thousands of shards.
+    """
+    present, counts = np.unique(labels, return_counts=True)
+    pairs = np.stack([np.diff(present, prepend=0), counts]).astype("<i8")
+    return base64.b64encode(zlib.compress(pairs.tobytes())).decode()
+
+
+def add_counts(packed: Iterable[str]) -> dict[int, int]:
+    """Rows by label, ascending, of all that ``pack_counts`` returned."""
+    total: Counter[int] = Counter()
+    for text in packed:
+        pairs = np.frombuffer(zlib.decompress(base64.b64decode(text)), "<i8").reshape(2, -1)
+        total.update(dict(zip(np.cumsum(pairs[0]).tolist(), pairs[1].tolist(), strict=True)))
+    return dict(sorted(total.items()))

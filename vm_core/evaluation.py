@@ -360,7 +360,7 @@ def _leaks_table(plan: EvaluationPlan, found: Neighbors) -> pa.Table:
 
 
 def _labels(plan: EvaluationPlan) -> list[int]:
-    counts = plan.memory.manifest.class_counts()
+    counts = plan.memory.manifest.class_counts
     return sorted(counts.keys() | set(plan.memory.classes.labels))
 
 

@@ -40,7 +40,7 @@ from vm_core.records import shard_of
 from vm_core.search import PartitionCache, Router, Searcher
 from vm_core.weights import WeightsEntry
 
-FORMAT = 2
+FORMAT = 3
 
 _POINTER = "CURRENT"
 
@@ -48,7 +48,11 @@ _log = logging.getLogger(__name__)
 
 
 class ShardEntry(BaseModel):
-    """One shard: its files, relative to the memory, with the SHA-256 of each, and counts."""
+    """One shard: its files, relative to the memory, with the SHA-256 of each, and counts.
+
+    class_counts: of classes.pack_counts; a manifest has those of all shards together alone,
+    since there may be tens of thousands of both shards and classes.
+    """
 
     embeddings: str
     files: dict[str, str]
@@ -60,7 +64,7 @@ class ShardEntry(BaseModel):
     embedded: int
     quarantined: int
     duplicates: int
-    class_counts: dict[int, int]
+    class_counts: str
     source_counts: dict[str, int]
     reasons: dict[str, int]
 
@@ -68,9 +72,10 @@ class ShardEntry(BaseModel):
 class Manifest(BaseModel):
     """What a version of a memory consists of.
 
+    class_counts: rows by label, ascending.
     probes: cells that a query visits. recall: None where the search is exact. new_classes:
     labels that the last version of another build did not have. files: the class table and the
-    centroids, with the SHA-256 of each; none in earlier manifests.
+    centroids, with the SHA-256 of each.
     """
 
     format: int
@@ -83,6 +88,7 @@ class Manifest(BaseModel):
     dimension: int
     dtype: str
     classes: str
+    class_counts: dict[int, int]
     shards: list[ShardEntry]
     centroids: str | None
     probes: int
@@ -90,7 +96,7 @@ class Manifest(BaseModel):
     recall: Recall | None
     new_classes: list[int] = []
     weights: WeightsEntry | None = None
-    files: dict[str, str] = {}
+    files: dict[str, str]
     config: dict[str, Any]
 
     @field_validator("encoder", mode="before")
@@ -101,9 +107,6 @@ class Manifest(BaseModel):
     def total(self, count: str) -> int:
         """A count (read, embedded, quarantined, duplicates, bytes) over all shards."""
         return sum(getattr(shard, count) for shard in self.shards)
-
-    def class_counts(self) -> dict[int, int]:
-        return _add(shard.class_counts for shard in self.shards)
 
     def source_counts(self) -> dict[str, int]:
         return _add(shard.source_counts for shard in self.shards)
@@ -269,7 +272,7 @@ def _parse_manifest(path: str, data: bytes) -> Manifest:
         if settings.get("format") != FORMAT:
             raise VisualMemoryError(
                 f"{path} has format {settings.get('format')!r}, this program reads {FORMAT}. "
-                "Build the memory again, or use the release that wrote it"
+                "Build the memory again, in another folder, or use the release that wrote it"
             )
         return Manifest.model_validate(settings)
     except (ValueError, TypeError) as error:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-from pydantic import BaseModel, model_validator
+from pydantic import BaseModel
 
 from vm_core.errors import VisualMemoryError
 from vm_core.held_out import beside
@@ -39,15 +39,6 @@ class ClassRecall(BaseModel):
     queries: int
     at: dict[int, float]
     unmeasured: list[int] = []
-
-    @model_validator(mode="before")
-    @classmethod
-    def _at_10_alone(cls, value: Any) -> Any:
-        """Earlier manifests have recall at 10 and no other."""
-        if isinstance(value, dict) and "recall" in value:
-            rest = {name: each for name, each in value.items() if name != "recall"}
-            return {**rest, "at": {10: value["recall"]}}
-        return value
 
 
 class Recall(BaseModel):

@@ -42,7 +42,7 @@ def summarise(plan: EvaluationPlan, outcome: Outcome) -> dict[str, Any]:
             "version": manifest.version,
             "content_digest": manifest.content_digest,
             "rows": manifest.total("embedded"),
-            "classes": len(manifest.class_counts()),
+            "classes": len(manifest.class_counts),
             "encoder": manifest.encoder.path,
             "encoder_fingerprint": manifest.encoder_fingerprint,
             "index": [partition.index.kind for partition in manifest.partitions],

@@ -34,7 +34,7 @@ def of_memory(memory: Memory, classes: int = 20) -> RenderableType:
     )
     by_class = Table("class", "images", title="Classes", title_justify="left", box=None)
     by_class.columns[1].justify = "right"
-    counts = sorted(manifest.class_counts().items(), key=lambda item: (-item[1], item[0]))
+    counts = sorted(manifest.class_counts.items(), key=lambda item: (-item[1], item[0]))
     for label, count in counts[:classes]:
         by_class.add_row(Text(memory.classes.name(label)), f"{count:,}")
     if len(counts) > classes:

@@ -211,7 +211,7 @@ def test_counts_add_up_and_quarantine_says_why(inputs, small_encoder, tmp_path):
     )
     assert manifest.total("read") == files + twice
     assert manifest.total("quarantined") == 2
-    assert manifest.total("embedded") == files - 2 == sum(manifest.class_counts().values())
+    assert manifest.total("embedded") == files - 2 == sum(manifest.class_counts.values())
     assert manifest.total("duplicates") == twice
     assert manifest.source_counts() == {"few": files - 2}
     rows = table(
@@ -339,10 +339,11 @@ def test_an_index_that_finds_too_little_is_not_published(memory, tmp_path, monke
     plan, _ = building.plan_build(config)
     config = config.model_copy(update={"partitioning": Partitioning(rows=8)})
     plan = dataclasses.replace(plan, config=config)
-    index_plan = building.plan_index(plan, memory.manifest.shards)
+    shards = list(building.finished_shards(dataclasses.replace(plan, root=memory.root)).values())
+    index_plan = building.plan_index(plan, shards)
     assert indexing.needs_recall(index_plan)
     with pytest.raises(VisualMemoryError, match=r"no results of its .* recall is unknown"):
-        building.publish(plan, memory.manifest.shards, memory.manifest.partitions, None)
+        building.publish(plan, shards, memory.manifest.partitions, None)
     labels = np.zeros(4, np.int64)
     monkeypatch.setattr(
         indexing, "read_held_out", lambda *_: HeldOut(vectors=labels, labels=labels)
@@ -351,7 +352,7 @@ def test_an_index_that_finds_too_little_is_not_published(memory, tmp_path, monke
     hits.rows[:, :10] = np.arange(10)
     hits.ranks[:, :7] = 0
     with pytest.raises(VisualMemoryError, match=r"recall@10 is 0\.700 .* minimum_recall is 0\.9\."):
-        building.publish(plan, memory.manifest.shards, memory.manifest.partitions, hits)
+        building.publish(plan, shards, memory.manifest.partitions, hits)
     assert not (tmp_path / "CURRENT").exists()
 
 

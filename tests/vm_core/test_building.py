@@ -261,32 +261,3 @@ def test_folders_of_other_attempts_go_and_those_of_versions_stay(tmp_path):
     assert before - {path.name for path in index.iterdir()} == {"partition-00001-0000killed00"}
     for version in ("000001", "000002"):
         assert not storage.damaged(str(tmp_path), Memory(str(tmp_path), version).files())
-
-
-def test_a_memory_of_the_earlier_layout_is_read_and_the_next_build_leaves_it_whole(tmp_path):
-    """Then a partition's folder was named for its number, and the marker was inside."""
-    plan = plan_of(tmp_path, probes=1)
-    first = build(plan)
-    text = (tmp_path / "versions" / "000001.json").read_text()
-    for number, entry in enumerate(first.partitions):
-        folder = entry.folder.rpartition("-")[0]
-        (tmp_path / entry.folder).rename(tmp_path / folder)
-        (tmp_path / f"{folder}.json").rename(tmp_path / folder / "partition.json")
-        text = text.replace(f'"{entry.folder}"', f'"{folder}"')
-        assert folder.endswith(f"partition-{number:05d}")
-    (tmp_path / "versions" / "000001.json").write_text(text)
-
-    def searched(version):
-        memory = Memory(str(tmp_path), version)
-        assert not storage.damaged(memory.root, memory.files())
-        members = memory.open_partition(0).members
-        sources = strings(["x"] * len(members))
-        queries = EmbeddingBlock(members.ids, members.labels, sources, members.vectors)
-        return memory.searcher(99)(queries, 5)
-
-    before = searched("000001")
-    assert not building.is_published(plan) and build(plan).version == "000002"
-    assert building.is_published(plan)
-    for version in ("000001", "000002"):
-        found = searched(version)
-        assert (found.ids == before.ids).all() and (found.distances == before.distances).all()

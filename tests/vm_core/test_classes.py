@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vm_core.classes import ClassTable, read_class_list
+from vm_core.classes import ClassTable, add_counts, pack_counts, read_class_list
 from vm_core.errors import VisualMemoryError
 from vm_core.records import PADDING, UNKNOWN
 
@@ -90,3 +93,16 @@ def test_class_list_errors(tmp_path):
         read_class_list(str(path))
     with pytest.raises(VisualMemoryError, match=r"cannot be read: .*No such file"):
         read_class_list(str(tmp_path / "none.txt"))
+
+
+@given(st.lists(st.lists(st.integers(-2, 2**40) | st.integers(0, 9), max_size=30), max_size=4))
+def test_packed_counts_add_up(shards):
+    packed = [pack_counts(np.array(labels, np.int64)) for labels in shards]
+    total = add_counts(packed)
+    assert total == Counter(label for labels in shards for label in labels)
+    assert list(total) == sorted(total)
+
+
+def test_packed_counts_are_small():
+    labels = np.random.default_rng(0).integers(21_000, size=50_000)
+    assert len(pack_counts(labels)) < 21_000

@@ -157,9 +157,3 @@ def test_a_new_class_leaves_the_recall_of_all_where_it_is(vectors):
     assert found[7,].at[10] == pytest.approx(0.98, abs=0.01)
     with pytest.raises(VisualMemoryError, match="the 1 new classes"):
         recall.check(found[7,], 0.9)
-
-
-def test_recall_of_earlier_manifests_is_read():
-    assert recall.ClassRecall.model_validate({"labels": [3], "queries": 7, "recall": 0.5}) == (
-        recall.ClassRecall(labels=[3], queries=7, at={10: 0.5})
-    )

@@ -47,7 +47,7 @@ def memory():
             by_probes={},
         ),
         total=counts.__getitem__,
-        class_counts=lambda: {0: 700, 1: 400, 2: 100},
+        class_counts={0: 700, 1: 400, 2: 100},
         source_counts=lambda: {"[/i]flowers": 1_200},
         reasons=lambda: {"[/i] damaged": 30},
     )
