@@ -8,7 +8,7 @@ process of its own, one after another, over a small grid of its search settings;
 setting's time is the median of three searches of all queries. Reported is the fastest
 setting with a recall@100 of at least 0.95, and 0.99; the chart shows each one's frontier.
 
-exact     vm_core.index.exact
+exact     vm_core.exact
 scann     one ScaNN searcher over all rows, as its own builder makes it
 faiss     IVF, PQ fast-scan with 4 bits for 2 dimensions, re-ranked in float32
 hnswlib   M = 16, ef_construction = 100
@@ -48,7 +48,7 @@ import numpy as np
 
 from benchmarks.exact import kernels
 from benchmarks.mixture import HELD_OUT, Mixture
-from vm_core.index.exact import top_k
+from vm_core.exact import top_k
 from vm_core.partitions import Partition
 from vm_core.records import EmbeddingBlock
 from vm_core.report.plots import Scale

@@ -42,7 +42,7 @@ from statistics import median
 import numpy as np
 from threadpoolctl import threadpool_info
 
-from vm_core.index.exact import top_k
+from vm_core.exact import top_k
 
 ROUNDS = 5
 PEERS = ("exact", "faiss", "sgemm", "numpy", "float16")

@@ -54,7 +54,7 @@ from vm_core import encoders, item_scores, sources, weights
 from vm_core.classes import ClassTable
 from vm_core.embedding import BatchedEncoder, ImageSettings, embed_records
 from vm_core.encoders import Encoder
-from vm_core.index.exact import top_k
+from vm_core.exact import top_k
 from vm_core.item_scores import Lists
 from vm_core.partitions import Members, Partition
 from vm_core.pruning import HARD_THRESHOLD, hard, scores_of, soft, worst_share

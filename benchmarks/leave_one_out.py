@@ -9,7 +9,7 @@ near-duplicates, Shapley values) in a process of their own, whose greatest resid
 counts, with that of its children; mapped files count in full. The smallest size runs
 ``--rounds`` times, the others once.
 
-The peer is brute force: vm_core.index.exact.top_k of all rows against all, measured in
+The peer is brute force: vm_core.exact.top_k of all rows against all, measured in
 the same run at the smallest size, on a fifth of the queries at a time, of which the
 median counts, and taken to grow with the square of the rows. It stops at the neighbours;
 our time includes the counts, the groups, the Shapley values and the tables. ``recall`` is
@@ -40,7 +40,7 @@ import numpy as np
 
 from benchmarks import synthetic
 from pipelines.score import run
-from vm_core.index.exact import top_k
+from vm_core.exact import top_k
 from vm_core.leave_one_out import LeaveOneOutConfig
 from vm_core.memory import Memory
 from vm_core.records import EmbeddingBlock

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from vm_core.index.exact import top_k
+from vm_core.exact import top_k
 
 FINGERPRINT = "mixture"
 

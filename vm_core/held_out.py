@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from vm_core.index.exact import top_k
+from vm_core.exact import top_k
 
 _NEIGHBOURS = 100
 _COPY = 0.01  # Euclidean: a third of it is still a distance of 5e-6, far above its rounding

@@ -15,7 +15,7 @@ import numpy as np
 from pydantic import Field
 
 from vm_core import plugins
-from vm_core.index.exact import top_k
+from vm_core.exact import top_k
 from vm_core.records import unit_interval
 
 _SAMPLES_PER_CELL = 256

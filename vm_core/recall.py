@@ -10,8 +10,8 @@ import numpy as np
 from pydantic import BaseModel
 
 from vm_core.errors import VisualMemoryError
+from vm_core.exact import top_k
 from vm_core.held_out import beside
-from vm_core.index.exact import top_k
 from vm_core.partitions import Members, Partition
 from vm_core.records import unit_interval
 

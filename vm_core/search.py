@@ -12,7 +12,7 @@ from functools import cached_property
 import numpy as np
 
 from vm_core import measure
-from vm_core.index.exact import top_k
+from vm_core.exact import top_k
 from vm_core.neighbors import Neighbors
 from vm_core.partitions import Partition
 from vm_core.records import PADDING, EmbeddingBlock

@@ -20,8 +20,8 @@ from pydantic import BaseModel
 
 from vm_core import storage
 from vm_core.errors import VisualMemoryError
+from vm_core.exact import top_k
 from vm_core.index import TopK
-from vm_core.index.exact import top_k
 from vm_core.partitions import Partition
 
 _FEW = 1 / 8

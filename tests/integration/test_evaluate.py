@@ -28,7 +28,7 @@ from vm_core.analysis import analyze
 from vm_core.embedding import BatchedEncoder
 from vm_core.errors import VisualMemoryError
 from vm_core.evaluation import EvaluationConfig, export_neighbors
-from vm_core.index.exact import top_k
+from vm_core.exact import top_k
 from vm_core.metrics import EvaluationMetrics
 from vm_core.neighbors import NEIGHBORS_SCHEMA, Neighbors, from_arrow, read_json
 from vm_core.predictions import PREDICTIONS_SCHEMA

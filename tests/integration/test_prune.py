@@ -21,7 +21,7 @@ from tests.integration.harness import (
 from vm_core import plugins, pruning
 from vm_core.errors import VisualMemoryError
 from vm_core.evaluation import EvaluationConfig
-from vm_core.index.exact import top_k
+from vm_core.exact import top_k
 from vm_core.memory import Memory
 from vm_core.neighbors import Neighbors
 from vm_core.pruning import LeaveOneOutCounts, PruneConfig

@@ -4,8 +4,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from vm_core.exact import top_k
 from vm_core.held_out import beside
-from vm_core.index.exact import top_k
 
 
 @pytest.fixture(scope="module")

@@ -12,8 +12,8 @@ import pytest
 
 from vm_core import batch_files, index, indexing, partitioning, partitions, recall, storage
 from vm_core.errors import VisualMemoryError
+from vm_core.exact import top_k
 from vm_core.index import exact
-from vm_core.index.exact import top_k
 from vm_core.indexing import IndexPlan, ShardRows
 from vm_core.partitioning import Partitioning
 from vm_core.records import EmbeddingBlock, strings

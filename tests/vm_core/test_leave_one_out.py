@@ -18,6 +18,7 @@ from rich.console import Console
 from vm_core import batch_files, leave_one_out, partitions, plugins, score_tables, storage
 from vm_core.classes import ClassTable
 from vm_core.errors import VisualMemoryError
+from vm_core.exact import top_k
 from vm_core.index import exact
 from vm_core.leave_one_out import LeaveOneOutConfig, LeaveOneOutPlan
 from vm_core.partitions import Members, Partition
@@ -53,7 +54,7 @@ class SmallMemory:
         self.first_row = np.arange(SHARDS + 1) * count // SHARDS
         # Random unit vectors would leave the nearest cells to chance.
         self.centroids = self.block.vectors[rng.choice(count, self.cells, replace=False)]
-        nearest = exact.top_k(self.block.vectors, self.centroids, self.cells)[0]
+        nearest = top_k(self.block.vectors, self.centroids, self.cells)[0]
         shards = []
         for shard in range(SHARDS):
             name = f"embeddings-{shard}.tfrecord"
@@ -106,7 +107,7 @@ class SmallMemory:
         kept = np.flatnonzero(~np.isin(members.ids, list(self.removed)))
 
         def search(queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-            rows, distances = exact.top_k(queries, members.vectors[kept], k)
+            rows, distances = top_k(queries, members.vectors[kept], k)
             return np.append(kept, -1)[rows], distances
 
         weights = np.isin(np.arange(len(members)), kept).astype(np.float32)
@@ -269,7 +270,7 @@ def test_a_memory_of_few_rows_has_exact_shapley_values(tmp_path):
     table = scores(memory, run(plan))
     assert_scores(table, brute_force(block, plan.config)[0])
     # All items together are worth the share of right ones among the nearest four.
-    rows, _ = exact.top_k(block.vectors, block.vectors, 5)
+    rows, _ = top_k(block.vectors, block.vectors, 5)
     right = block.labels[rows[:, 1:]] == block.labels[:, None]
     assert sum(table["shapley"].to_pylist()) == pytest.approx(right.mean(), abs=1e-9)
 

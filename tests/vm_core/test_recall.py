@@ -6,7 +6,7 @@ import pytest
 
 from vm_core import recall
 from vm_core.errors import VisualMemoryError
-from vm_core.index.exact import top_k
+from vm_core.exact import top_k
 from vm_core.partitions import Members, Partition
 
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vm_core.index.exact import top_k
+from vm_core.exact import top_k
 from vm_core.neighbors import Neighbors
 from vm_core.partitions import Members, Partition
 from vm_core.records import PADDING, EmbeddingBlock, strings

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from vm_core import weights
 from vm_core.errors import VisualMemoryError
-from vm_core.index.exact import top_k
+from vm_core.exact import top_k
 from vm_core.partitions import Members, Partition
 from vm_core.tables import write_table
 from vm_core.weights import WEIGHTS_SCHEMA, WeightsEntry, among, apply, file_name, without

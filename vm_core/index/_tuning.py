@@ -10,9 +10,9 @@ from typing import NamedTuple
 import numpy as np
 
 from vm_core.errors import VisualMemoryError
+from vm_core.exact import top_k
 from vm_core.held_out import beside
 from vm_core.index import TopK
-from vm_core.index.exact import top_k
 
 _DEPTH = 100
 _QUERIES = 500

@@ -14,6 +14,7 @@ import pytest
 from benchmarks.mixture import HELD_OUT, Mixture
 from vm_core import index
 from vm_core.errors import VisualMemoryError
+from vm_core.exact import top_k
 from vm_core.index import _tuning, auto, exact, scann
 
 MIXTURE = Mixture(32, classes=50, intrinsic=12)
@@ -61,7 +62,7 @@ def test_a_moved_index_finds_what_exact_search_finds(vectors, queries, tmp_path)
     assert not [name for _, _, names in os.walk(moved) for name in names if name.endswith(".pkl")]
     search = scann.Plugin().open(vectors, str(moved))
     found, distances = search(queries, 10)
-    expected, expected_distances = exact.top_k(queries, vectors, 10)
+    expected, expected_distances = top_k(queries, vectors, 10)
     assert found.dtype == np.int64 and distances.dtype == np.float32
     assert recall(found, expected) > 0.95
     same = found == expected
@@ -121,7 +122,7 @@ def test_distances_and_order_are_exact_however_rough_the_re_ranking(
     kept = vectors.astype(stored)
     search, tuned = build(kept, tmp_path / "index", reorder_dtype=dtype)
     assert tuned["reorder_dtype"] == dtype
-    expected, _ = exact.top_k(queries, kept, 10)
+    expected, _ = top_k(queries, kept, 10)
     for k in (1, 10):
         found, distances = search(queries, k)
         np.testing.assert_allclose(distances, true_distances(queries, kept, found), atol=2e-6)
@@ -130,7 +131,7 @@ def test_distances_and_order_are_exact_however_rough_the_re_ranking(
 
 
 def test_a_target_is_reached_and_a_higher_one_searches_more(vectors, queries, tmp_path):
-    expected, _ = exact.top_k(queries, vectors, 100)
+    expected, _ = top_k(queries, vectors, 100)
     work = []
     for target in (0.8, 0.97):
         search, tuned = build(vectors, tmp_path / "index", leaves=200, target_recall=target)

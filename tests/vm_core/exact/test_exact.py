@@ -11,10 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from threadpoolctl import threadpool_info, threadpool_limits
 
+from vm_core import exact
 from vm_core.errors import VisualMemoryError
-from vm_core.index import _products, exact, parse
-from vm_core.index._products import BFLOAT16, FLOAT32
-from vm_core.index.exact import top_k
+from vm_core.exact import _products, top_k
+from vm_core.exact._products import BFLOAT16, FLOAT32
+from vm_core.index import parse
+from vm_core.index.exact import Plugin
 from vm_core.shard_rows import DTYPES
 
 
@@ -385,8 +387,8 @@ def test_a_missing_tensorflow_is_reported_when_the_index_is_opened(backend, monk
     monkeypatch.setitem(sys.modules, "tensorflow", None)
     vectors = clustered(18, 40, 4, 1.0)
     with pytest.raises(VisualMemoryError, match="Install tensorflow or write backend: numpy"):
-        exact.Plugin(backend=backend).open(vectors, "")
-    found, _ = exact.Plugin().open(vectors, "")(vectors[:3], 1)
+        Plugin(backend=backend).open(vectors, "")
+    found, _ = Plugin().open(vectors, "")(vectors[:3], 1)
     np.testing.assert_array_equal(found, [[0], [1], [2]])
 
 
@@ -430,6 +432,6 @@ def test_tensorflow_is_imported_for_bfloat16_only_where_it_pays(machine):
 
 
 def test_settings():
-    assert exact.Plugin().choose(10**9).kind == "exact"
+    assert Plugin().choose(10**9).kind == "exact"
     with pytest.raises(VisualMemoryError, match="backend = 'jax'"):
         parse({"kind": "exact", "backend": "jax"})

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vm_core.index._highest import Highest, capacity
+from vm_core.exact._highest import Highest, capacity
 from vm_core.shard_rows import DTYPES
 
 ORDERS = {
