@@ -26,6 +26,7 @@ from vm_core.leave_one_out import LeaveOneOutConfig
 from vm_core.memory import Manifest, Memory
 from vm_core.pruning import PruneConfig
 from vm_core.score_tables import read_scores
+from vm_core.terminal import grid
 
 
 @dataclass(frozen=True)
@@ -142,7 +143,7 @@ def describe(pruned: Pruned, headline_k: int = 10) -> RenderableType:
     version = f"{pruned.published}, made from {weights.base_version}"
     if pruned.published is None:
         version = f"none published, {weights.base_version} is as it was"
-    facts = _grid(
+    facts = grid(
         ("memory", pruned.memory.root),
         ("pruning", what),
         ("items", f"{weights.removed:,} removed, {weights.weighted:,} weighted, of {items:,}"),
@@ -190,22 +191,11 @@ def _without_accuracy(changes: bool) -> str:
     )
 
 
-def _grid(*rows: tuple[str, str]) -> Table:
-    table = Table.grid(padding=(0, 2))
-    table.add_column(style="bold")
-    table.add_column(overflow="fold")
-    for name, value in rows:
-        table.add_row(name, Text(value))
-    return table
-
-
 def _undo(path: str, dry_run: bool) -> RenderableType:
     memory = Memory(path)
     manifest: Manifest = pruning.unweighted(memory.manifest) if dry_run else pruning.undo(memory)
     version = "none published" if dry_run else f"{manifest.version}, without weights"
-    return _grid(
-        ("memory", memory.root), ("version", version), ("content", manifest.content_digest)
-    )
+    return grid(("memory", memory.root), ("version", version), ("content", manifest.content_digest))
 
 
 def command(arguments: Sequence[str]) -> None:

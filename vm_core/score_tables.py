@@ -28,6 +28,7 @@ from vm_core.progress import report
 from vm_core.records import EmbeddingBlock, strings
 from vm_core.shards import read_shard
 from vm_core.tables import write_table
+from vm_core.terminal import grid
 
 WORST = 10
 """How many of the worst items the summary names."""
@@ -223,11 +224,8 @@ def read_scores(memory: Memory, fingerprint: str) -> Iterator[pa.Table]:
 def of_scores(results: dict[str, Any]) -> RenderableType:
     """For the terminal: the accuracy, the near-duplicates and the ten worst items."""
     k = max(results["settings"]["ks"])
-    facts = Table.grid(padding=(0, 2))
-    facts.add_column(style="bold")
-    facts.add_column(overflow="fold")
     duplicates = results["duplicates"]
-    for name, value in (
+    facts = grid(
         ("memory", f"{results['memory']}, version {results['version']}"),
         ("items", f"{results['items']:,}"),
         ("accuracy", f"{results['accuracy_of_nearest']:.2%} by the nearest other item"),
@@ -238,8 +236,7 @@ def of_scores(results: dict[str, Any]) -> RenderableType:
             "have different labels",
         ),
         ("scores", f"{results['memory']}/{results['folder']}"),
-    ):
-        facts.add_row(name, Text(value))
+    )
     table = Table(box=box.SIMPLE_HEAD, title="Worst items", title_justify="left", pad_edge=False)
     table.add_column("Shapley", justify="right")
     for name in ("wrong", "correct"):

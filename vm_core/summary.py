@@ -12,13 +12,14 @@ from rich.text import Text
 
 from vm_core.gallery import Example
 from vm_core.memory import Manifest, Memory
+from vm_core.terminal import grid
 from vm_core.units import size
 
 
 def of_memory(memory: Memory, classes: int = 20) -> RenderableType:
     """Tables of what is in a memory; ``classes``: how many classes to list at most."""
     manifest = memory.manifest
-    facts = _grid(
+    facts = grid(
         ("memory", memory.root),
         ("version", f"{manifest.version}, {manifest.created}"),
         ("images", _counts(manifest)),
@@ -57,7 +58,7 @@ def of_memory(memory: Memory, classes: int = 20) -> RenderableType:
 def of_build(memory: Memory) -> RenderableType:
     """The few lines at the end of a build."""
     manifest = memory.manifest
-    return _grid(
+    return grid(
         ("memory", f"{memory.root}, version {manifest.version}"),
         ("images", _counts(manifest)),
         ("index", _index(manifest)),
@@ -83,7 +84,7 @@ def of_evaluation(results: dict[str, Any], output: str) -> RenderableType:
             _percent(chosen["accuracy"]),
             *(_percent(accuracies[k - 1]) for k in results["fixed_k"]),
         )
-    facts = _grid(
+    facts = grid(
         ("memory", f"{results['memory']['path']}, version {results['memory']['version']}"),
         (
             "queries",
@@ -118,7 +119,7 @@ def of_analysis(results: dict[str, Any], output: str) -> RenderableType:
         pruned = f"{len(results['excluded']):,} items removed, "
         pruned += f"{len(results['soft_weights']):,} weighted"
         facts.insert(1, ("pruning", pruned))
-    return Group(table, _grid(*facts))
+    return Group(table, grid(*facts))
 
 
 def of_answer(memory: Memory, answer: Example) -> RenderableType:
@@ -192,12 +193,3 @@ def _pruning(manifest: Manifest) -> list[tuple[str, str]]:
             f"made from version {weights.base_version}",
         )
     ]
-
-
-def _grid(*rows: tuple[str, str]) -> Table:
-    table = Table.grid(padding=(0, 2))
-    table.add_column(style="bold")
-    table.add_column(overflow="fold")
-    for name, value in rows:
-        table.add_row(name, Text(value))
-    return table

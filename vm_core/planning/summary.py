@@ -12,6 +12,7 @@ from rich.text import Text
 
 from vm_core.planning.estimates import DEFAULT_ENCODER
 from vm_core.planning.planner import Plan
+from vm_core.terminal import grid
 from vm_core.units import duration, size
 
 
@@ -56,10 +57,7 @@ def _facts(plan: Plan) -> RenderableType:
     if worker.accelerator:
         machine += f", {worker.accelerators} x {worker.accelerator.name}"
     rows = f"{plan.mean_rows:,.0f} rows on average, at most {plan.largest_rows:,}"
-    grid = Table.grid(padding=(0, 2))
-    grid.add_column(style="bold")
-    grid.add_column(overflow="fold")
-    for name, value in (
+    return grid(
         ("memory", f"{workload.items:,} x {workload.dimension:,} {workload.dtype}"),
         ("encoder", _encoder(plan)),
         ("index", f"{plan.cells:,} partitions ({plan.index_kind}), {rows}"),
@@ -70,9 +68,7 @@ def _facts(plan: Plan) -> RenderableType:
             f"search {size(plan.search_memory_bytes)} a worker",
         ),
         ("workers", _workers(plan)),
-    ):
-        grid.add_row(name, Text(value))
-    return grid
+    )
 
 
 def _encoder(plan: Plan) -> str:
@@ -186,12 +182,7 @@ def _origins(plan: Plan) -> RenderableType:
             )
         )
     lines.append(("assumed", f"a query visits {plan.workload.probes} partitions"))
-    grid = Table.grid(padding=(0, 2))
-    grid.add_column(style="bold")
-    grid.add_column(overflow="fold")
-    for name, value in lines:
-        grid.add_row(name, Text(value))
-    return grid
+    return grid(*lines)
 
 
 def _hours(seconds: float) -> str:
