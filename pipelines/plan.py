@@ -14,11 +14,12 @@ from rich.console import Console
 
 from pipelines import commands
 from vm_core import plugins
+from vm_core.index.scann import REORDER_BYTES
 from vm_core.partitioning import Partitioning
 from vm_core.planning import calibration, dataflow_options, worker_types
 from vm_core.planning import summary as plan_summary
 from vm_core.planning.planner import plan
-from vm_core.planning.workload import ITEM_BYTES, REORDER_BYTES, Workload
+from vm_core.planning.workload import ITEM_BYTES, Workload
 
 
 def whole(text: str) -> int:

@@ -20,7 +20,7 @@ from vm_core.records import unit_interval
 
 _SAMPLES_PER_CELL = 256
 _MINIMUM_SAMPLE = 20_000
-_ITERATIONS = 20
+ITERATIONS = 20
 _SOAR_CANDIDATES = 8
 _SOAR_WEIGHT = 1.0
 
@@ -51,9 +51,14 @@ class Partitioning(plugins.Settings):
         return 1 if rows <= self.rows else math.ceil(1.5 * rows * self.copies / self.rows)
 
 
+def sample_rows(rows: int, cells: int) -> int:
+    """How many of a memory's rows train the centroids, on average."""
+    return min(rows, max(_MINIMUM_SAMPLE, _SAMPLES_PER_CELL * cells))
+
+
 def sample(ids: np.ndarray, vectors: np.ndarray, rows: int, cells: int, seed: int) -> np.ndarray:
     """The vectors, out of a memory of ``rows``, that train the centroids: chosen by their ids."""
-    share = max(_MINIMUM_SAMPLE, _SAMPLES_PER_CELL * cells) / rows
+    share = sample_rows(rows, cells) / rows
     chosen = [unit_interval(id, f"sample-{seed}") < share for id in ids]
     return vectors[np.array(chosen, bool)]
 
@@ -67,7 +72,7 @@ def train(vectors: np.ndarray, cells: int, seed: int) -> np.ndarray:
     generator = np.random.default_rng(seed)
     cells = min(cells, len(vectors))
     centroids = vectors[np.sort(generator.choice(len(vectors), cells, replace=False))]
-    for iteration in range(_ITERATIONS):
+    for iteration in range(ITERATIONS):
         owner = top_k(vectors, centroids, 1)[0][:, 0]
         counts = np.bincount(owner, minlength=cells)
         order = np.argsort(owner, kind="stable")
@@ -76,7 +81,7 @@ def train(vectors: np.ndarray, cells: int, seed: int) -> np.ndarray:
         sums = np.add.reduceat(vectors[order].astype(np.float64), starts, axis=0)
         centroids = centroids.copy()
         centroids[filled] = _unit(sums)
-        if iteration < _ITERATIONS - 4:  # the last rounds only settle
+        if iteration < ITERATIONS - 4:  # the last rounds only settle
             _even_out(centroids, vectors, owner, counts, generator)
     return centroids
 

@@ -17,6 +17,9 @@ from vm_core.neighbors import Neighbors
 from vm_core.partitions import Partition
 from vm_core.records import PADDING, EmbeddingBlock
 
+CACHE_BYTES = 4 << 30
+"""Of partitions that a process keeps open."""
+
 
 @dataclass(frozen=True, eq=False)
 class Router:
@@ -65,7 +68,7 @@ class PartitionCache:
     """
 
     def __init__(
-        self, open: Callable[[int], Partition], sizes: Sequence[int], limit: int = 4 << 30
+        self, open: Callable[[int], Partition], sizes: Sequence[int], limit: int = CACHE_BYTES
     ):
         self._open, self._sizes, self._limit = open, sizes, limit
         self._opened: OrderedDict[int, Future[Partition]] = OrderedDict()

@@ -21,9 +21,9 @@ from vm_core.index.exact import Plugin as Exact
 ReorderDtype = Literal["float32", "bfloat16", "int8"]
 
 _MINIMUM_ROWS = 1_000
-_BYTES: dict[ReorderDtype, int] = {"float32": 4, "bfloat16": 2, "int8": 1}
-_CODEBOOK_SAMPLE = 20_000
-_LEAF_SAMPLE = 100
+REORDER_BYTES: dict[ReorderDtype, int] = {"float32": 4, "bfloat16": 2, "int8": 1}
+CODEBOOK_SAMPLE = 20_000
+LEAF_SAMPLE = 100
 _DEPTH = 100
 _BATCH = 256  # queries that a thread takes at a time, ScaNN's default
 _VALUES = 2**20  # of the vectors whose distances are computed at a time: 4 MB
@@ -121,11 +121,11 @@ class Plugin(Index):
 
     def _fitting(self, count: int, dimension: int, leaves: int) -> tuple[ReorderDtype, int]:
         """The most precise reorder_dtype and dimensions_per_block within maximum_bytes."""
-        dtypes = list(_BYTES)[list(_BYTES).index(self.reorder_dtype) :]
+        dtypes = list(REORDER_BYTES)[list(REORDER_BYTES).index(self.reorder_dtype) :]
         for per_block in (self.dimensions_per_block * factor for factor in (1, 2, 4)):
             for dtype in dtypes:
                 # As ScaNN writes it: of each row the vector, a byte a block and its leaf.
-                row = dimension * _BYTES[dtype] + math.ceil(dimension / per_block) + 4
+                row = dimension * REORDER_BYTES[dtype] + math.ceil(dimension / per_block) + 4
                 size = count * row + leaves * dimension * 8
                 if self.maximum_bytes is None or size <= self.maximum_bytes:
                     return dtype, per_block
@@ -140,16 +140,14 @@ class Plugin(Index):
         dtype = scann.scann_builder.ReorderType[tuned.reorder_dtype.upper()]
         # Learning the codebook is most of the work, and more rows do not make it better:
         # of 100,000 rows a fifth gave the same recall in half the time.
-        codebook_sample = min(len(vectors), _CODEBOOK_SAMPLE)
+        codebook_sample = min(len(vectors), CODEBOOK_SAMPLE)
         return (
             scann.builder(np.ascontiguousarray(vectors, np.float32), 10, "dot_product")
             .set_n_training_threads(self.training_threads or os.cpu_count() or 1)
             .tree(
                 num_leaves=leaves,
                 num_leaves_to_search=tuned.leaves_to_search,
-                training_sample_size=min(
-                    len(vectors), max(_LEAF_SAMPLE * leaves, _CODEBOOK_SAMPLE)
-                ),
+                training_sample_size=min(len(vectors), max(LEAF_SAMPLE * leaves, CODEBOOK_SAMPLE)),
             )
             .score_ah(
                 tuned.dimensions_per_block,

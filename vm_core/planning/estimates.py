@@ -17,19 +17,19 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from vm_core import partitioning
 from vm_core.batch_files import BUNDLES
 from vm_core.errors import VisualMemoryError
+from vm_core.index import scann
 from vm_core.index.auto import Plugin as Auto
 from vm_core.planning.calibration import ENCODER_GFLOP, Constants
 from vm_core.planning.worker_types import Worker
-from vm_core.planning.workload import ITEM_BYTES, REORDER_BYTES, Workload
+from vm_core.planning.workload import ITEM_BYTES, Workload
+from vm_core.search import CACHE_BYTES
 
 DEFAULT_ENCODER = "dinov2-l14"
 
-_TRAINING_ITERATIONS = 20
-_CACHE = 4 << 30  # bytes of partitions that a process keeps open
-_SAMPLES_PER_CELL, _MINIMUM_SAMPLE = 256, 20_000
-_CODEBOOK_SAMPLE, _LEAF_SAMPLE, _LEAF_ITERATIONS = 20_000, 100, 10
+_LEAF_ITERATIONS = 10  # of ScaNN's own k-means
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ class Estimate:
         """Files of a partition of so many rows."""
         total = rows * (self.d * self.item_bytes + self.c.id_bytes + self.c.row_bytes)
         if self.scann:
-            row = self.d * (REORDER_BYTES[self.w.reorder] + 0.5) + 4
+            row = self.d * (scann.REORDER_BYTES[self.w.reorder] + 0.5) + 4
             total += rows * row + self.leaf_bytes(rows)
         return total
 
@@ -129,15 +129,16 @@ class Estimate:
         return 2 * 4 * self.d * math.sqrt(rows)
 
     def sizes(self) -> Sizes:
-        scann = 1 if self.scann else 0
+        approximate = 1 if self.scann else 0
         return Sizes(
             shards={dtype: self.shard_bytes(item) for dtype, item in ITEM_BYTES.items()},
             vectors={dtype: self.kept * self.d * item for dtype, item in ITEM_BYTES.items()},
             reorder={
-                kind: scann * self.kept * self.d * item for kind, item in REORDER_BYTES.items()
+                kind: approximate * self.kept * self.d * item
+                for kind, item in scann.REORDER_BYTES.items()
             },
-            codes=scann * self.kept * self.d * 0.5,
-            other=scann * (4 * self.kept + self.cells * self.leaf_bytes(self.mean_rows)),
+            codes=approximate * self.kept * self.d * 0.5,
+            other=approximate * (4 * self.kept + self.cells * self.leaf_bytes(self.mean_rows)),
             rows=self.kept * (self.c.id_bytes + self.c.row_bytes),
             index=self.cells * self.partition_bytes(self.mean_rows),
             work=self.assigned + self.checkpoints,
@@ -176,9 +177,9 @@ class Estimate:
         """
         each = float(self.d * self.item_bytes)
         if self.scann:
-            each = self.d * (REORDER_BYTES[self.w.reorder] + 0.75) + 4
+            each = self.d * (scann.REORDER_BYTES[self.w.reorder] + 0.75) + 4
         each += self.in_python(1)
-        opened = max(self.largest_rows * each, min(self.kept * each, _CACHE))
+        opened = max(self.largest_rows * each, min(self.kept * each, CACHE_BYTES))
         return self.c.process_bytes + self.c.working_bytes + opened
 
     def shard_memory(self) -> float:
@@ -308,7 +309,7 @@ class Estimate:
 
     def sample(self) -> Stage:
         """Every shard is read; a hash of the id says whether a row is chosen."""
-        chosen = min(self.n, max(_MINIMUM_SAMPLE, _SAMPLES_PER_CELL * self.cells))
+        chosen = partitioning.sample_rows(self.n, self.cells)
         return Stage(
             "sample",
             self.read_seconds() + self.n * self.c.sample_s_per_row,
@@ -322,10 +323,10 @@ class Estimate:
 
     def train(self) -> Stage:
         """k-means on one worker: 20 rounds over 256 rows a cell, at least 20,000 in all."""
-        chosen = min(self.n, max(_MINIMUM_SAMPLE, _SAMPLES_PER_CELL * self.cells))
+        chosen = partitioning.sample_rows(self.n, self.cells)
         return Stage(
             "train partitioner",
-            _TRAINING_ITERATIONS * self.assign_seconds(chosen),
+            partitioning.ITERATIONS * self.assign_seconds(chosen),
             tasks=1,
             memory_bytes=self.c.process_bytes + 16 * chosen * self.d,
             constants=("gflops", "exact_efficiency", "assign_s_per_row", "assign_s_per_cell"),
@@ -376,12 +377,12 @@ class Estimate:
         leaves = math.sqrt(rows)
         looked_at = rows + _LEAF_ITERATIONS * self.leaf_sample(rows)
         seconds = self.c.build_s + self.exact_seconds(looked_at, leaves)
-        seconds += min(rows, _CODEBOOK_SAMPLE) * self.d * self.c.build_s_per_sample_dim
+        seconds += min(rows, scann.CODEBOOK_SAMPLE) * self.d * self.c.build_s_per_sample_dim
         return seconds + rows * self.d * self.c.build_s_per_row_dim
 
     def leaf_sample(self, rows: float) -> float:
         """Rows that ScaNN's leaves are trained on."""
-        return min(rows, max(_CODEBOOK_SAMPLE, _LEAF_SAMPLE * math.sqrt(rows)))
+        return min(rows, max(scann.CODEBOOK_SAMPLE, scann.LEAF_SAMPLE * math.sqrt(rows)))
 
     def recall(self) -> Stage:
         """Every partition is searched for the same held-out queries, exactly and by its index."""

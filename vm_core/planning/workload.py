@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from vm_core.errors import VisualMemoryError
+from vm_core.index.scann import REORDER_BYTES, ReorderDtype
 from vm_core.partitioning import Partitioning
 
 ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
-REORDER_BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Workload:
     items: int
     dimension: int
     dtype: str = "float32"
-    reorder: str = "float32"
+    reorder: ReorderDtype = "float32"
     encoder: str | None = None
     images_per_s: float | None = None
     queries: int = 50_000
@@ -62,6 +62,6 @@ class Workload:
             )
 
 
-def _check_name(what: str, name: str, known: Mapping[str, int]) -> None:
+def _check_name(what: str, name: str, known: Collection[str]) -> None:
     if name not in known:
         raise VisualMemoryError(f"{what} {name!r} is unknown. Known: {', '.join(known)}")
