@@ -18,7 +18,10 @@ own: this package's search: the memory opened, all queries routed, searched and 
     the two is Beam and the evaluation itself.
 
 ``ratio`` is the seconds of plain (of own where there is no plain) over the pipeline's;
-``ratio_to_own`` is what its name says. ``--keep`` leaves the memories in a folder, where the next
+``ratio_to_own`` is what its name says. Expected of the former: 0.8. Came, on 2 cores: 0.88 (10.5
+against 12.0 s), and 0.71 of this package's search (8.4 s), from which 2.3 s are the import
+of Beam, 1 s its start and the way of the queries to their shard, and the rest votes, tables and
+results, partly beside the search. ``--keep`` leaves the memories in a folder, where the next
 run finds them.
 """
 
