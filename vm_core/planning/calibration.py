@@ -55,6 +55,7 @@ class Constants:
     build_s: float = 0.1  # ScaNN, each partition
     build_s_per_sample_dim: float = 4e-7  # ScaNN, each row that the codebook is learnt from
     build_s_per_row_dim: float = 2e-7  # ScaNN, each row and dimension
+    open_s_per_byte: float = 1e-9  # ScaNN, its files into memory
     search_s: float = 3e-5  # ScaNN, each query and partition
     search_s_per_dim: float = 1e-7
     search_s_per_row_dim: float = 3.3e-11  # for each row in the leaves searched

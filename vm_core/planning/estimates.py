@@ -119,10 +119,17 @@ class Estimate:
     def partition_bytes(self, rows: float) -> float:
         """Files of a partition of so many rows."""
         total = rows * (self.d * self.item_bytes + self.c.id_bytes + self.c.row_bytes)
-        if self.scann:
-            row = self.d * (scann.REORDER_BYTES[self.w.reorder] + 0.5) + 4
-            total += rows * row + self.leaf_bytes(rows)
-        return total
+        return total + self.scann_bytes(rows)
+
+    def scann_bytes(self, rows: float) -> float:
+        """Those of them that ScaNN writes, and copies into memory when they are opened."""
+        if not self.scann:
+            return 0.0
+        row = self.d * (scann.REORDER_BYTES[self.w.reorder] + 0.5) + 4
+        return rows * row + self.leaf_bytes(rows)
+
+    def opening_seconds(self, partitions: float) -> float:
+        return partitions * self.scann_bytes(self.mean_rows) * self.c.open_s_per_byte
 
     def leaf_bytes(self, rows: float) -> float:
         """The centroids of ScaNN's leaves, kept twice."""
@@ -280,7 +287,7 @@ class Estimate:
     @property
     def index_constants(self) -> tuple[str, ...]:
         if self.scann:
-            return ("search_s", "search_s_per_dim", "search_s_per_row_dim")
+            return ("search_s", "search_s_per_dim", "search_s_per_row_dim", "open_s_per_byte")
         return ("gflops", "exact_efficiency", "assign_s_per_row")
 
     def stages(self) -> list[Stage]:
@@ -388,7 +395,7 @@ class Estimate:
         """Every partition is searched for the same held-out queries, exactly and by its index."""
         visits = self.w.recall_queries * self.cells
         seconds = self.search_seconds(visits) + self.exact_seconds(visits, self.mean_rows)
-        seconds += 2 * visits * self.c.assign_s_per_row
+        seconds += 2 * visits * self.c.assign_s_per_row + self.opening_seconds(self.cells)
         return Stage(
             "measure recall",
             seconds,
@@ -405,7 +412,7 @@ class Estimate:
         touched = min(self.cells, self.w.queries * self.probes)
         return Stage(
             f"evaluate {self.w.queries:,} queries",
-            self.answer_seconds(self.w.queries),
+            self.answer_seconds(self.w.queries) + self.opening_seconds(touched),
             tasks=touched,
             memory_bytes=self.search_memory(),
             constants=self.search_constants,
@@ -431,6 +438,7 @@ class Estimate:
         searches = self.n * self.probes
         seconds = self.search_seconds(searches)
         seconds += searches * self.w.k * self.c.score_s_per_neighbor
+        seconds += self.opening_seconds(self.cells * (2 if self.probes > 1 else 1))
         seconds += self.assign_seconds(self.n) if self.cells > 1 else 0.0
         return Stage(
             "leave-one-out",
