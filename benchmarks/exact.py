@@ -22,8 +22,8 @@ products.
 
 Expected: twice sgemm's rate less a quarter, for rounding rows to bfloat16, filtering twice as
 many products a second, and ranking in float64. Came, on 2 cores (AMD EPYC with AVX512-BF16)
-shared with little else: 1.67 of faiss and 1.48 of sgemm (281, 168 and 190 GFLOP/s), in float32
-1.12 of faiss; by the CPU's time 1.73, 1.53 and 1.14.
+with little else running: 1.58 of faiss and of sgemm (312, 198 and 198 GFLOP/s), in float32 0.97
+of faiss; by the CPU's time 1.62 and 0.99. An earlier run had 1.67, 1.48 and 1.12.
 """
 
 from __future__ import annotations

@@ -17,9 +17,9 @@ of the 100 nearest others of 1,000 rows, found by the routed search that the sco
 
 Expected at 1,000,000 rows: recall of at least 0.95; time that grows by less than the
 power 1.2 of the rows; memory of a partition and a block, whatever the rows. Came, on 2
-shared cores: 11.7, 32.8 and 121 s, exponent 1.02, recall 0.966, 0.983 and 0.994, at most
-1.7, 2.9 and 6.2 GB for a single partition; 32 times the speed of brute force (38 s for
-100,000 rows). With ScaNN's default leaves in place of a target it was 19 and 78 s for the
+cores: 7.1, 23.0 and 96.3 s, exponent 1.13, recall 0.968, 0.979 and 0.994, at most 1.7, 2.9
+and 5.9 GB for a single partition; 30 times the speed of brute force (29 s for 100,000 rows).
+With ScaNN's default leaves in place of a target it was 19 and 78 s for the
 first two: more is searched than needed.
 """
 
