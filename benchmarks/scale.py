@@ -10,10 +10,10 @@ resident memory of any process: over 1 is within the limit. The first stage also
 vectors up, which no plan knows of.
 
 Came, on 2 cores: 3.37 GiB (the search, which keeps up to 4 GiB of partitions open; 2.9 GiB
-while ScaNN builds, 1.4 GiB in leave-one-out). Shards 77 s (planned 24), index 484 s (397),
-10,000 queries 22 s (11), leave-one-out scores 738 s (397), soft pruning 3 s; recall@100 0.974 in
-42 partitions of which a query visits 1. The calibration of these plans had searched small
-indexes alone, which a processor's cache holds in large part; it has a larger one since.
+while ScaNN builds, 1.4 GiB in leave-one-out). Shards 77 s (planned 24), index 484 s (404),
+10,000 queries 22 s (18), leave-one-out scores 738 s (406: 1.8 million searches more than planned,
+as an oversized cell has several partitions, and more for each neighbour), soft pruning 3 s;
+recall@100 0.974 in 42 partitions of which a query visits 1.
 """
 
 from __future__ import annotations
