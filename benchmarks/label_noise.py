@@ -57,7 +57,7 @@ from vm_core.encoders import Encoder
 from vm_core.exact import top_k
 from vm_core.item_scores import Lists
 from vm_core.partitions import Members, Partition
-from vm_core.pruning import HARD_THRESHOLD, hard, scores_of, soft, worst_share
+from vm_core.pruning import HARD_THRESHOLD, ROW_WEIGHTS_SCHEMA, hard, scores_of, soft, worst_share
 from vm_core.records import EmbeddingBlock, unit_interval
 from vm_core.search import search_partition
 from vm_core.sources import Source
@@ -214,10 +214,9 @@ def measure(
         quality = get_label_quality_scores(codes, probabilities)
         peer[name] = found_share(-quality, wrong, rng)
         issues = find_label_issues(codes, probabilities)
-        removed = pa.table(
-            [pa.array(memory.ids[issues], pa.string()), np.zeros(issues.sum(), np.float32)],
-            schema=weights.WEIGHTS_SCHEMA,
-        )
+        rows = np.flatnonzero(issues)
+        columns = [rows, np.zeros(len(rows), np.float32)]
+        removed = pa.table(columns, schema=ROW_WEIGHTS_SCHEMA)
         accuracies[f"cleanlab_{name}"] = accuracy(labels, removed)[1]
     return {"ours": ours, "cleanlab": peer, "accuracy": accuracies}
 
