@@ -98,6 +98,7 @@ class Estimate:
         self.probes = min(workload.probes, self.cells)
         self.shards = math.ceil(self.n / workload.rows_per_shard)
         self.bundles = min(self.shards, BUNDLES)
+        self.sampled = partitioning.sample_rows(self.n, self.cells)
         self.scann = Auto().choose(round(self.mean_rows)).kind == "scann"
         self.images_per_s, self.encoder_constants = self._encoder_rate()
 
@@ -315,28 +316,28 @@ class Estimate:
         )
 
     def sample(self) -> Stage:
-        """Every shard is read; a hash of the id says whether a row is chosen."""
-        chosen = partitioning.sample_rows(self.n, self.cells)
+        """Every shard is read; a hash of the id says whether a row is chosen, and written."""
         return Stage(
             "sample",
             self.read_seconds() + self.n * self.c.sample_s_per_row,
-            tasks=self.shards,
+            tasks=self.bundles,
             memory_bytes=self.shard_memory(),
             constants=("shard_read_s_per_row", "shard_read_s_per_byte", "sample_s_per_row"),
             read_bytes=self.stored,
-            shuffle_bytes=chosen * self.d * 4,
-            files_opened=self.shards,
+            written_bytes=self.sampled * self.d * 4,
+            files_opened=self.shards + 2 * self.bundles,
         )
 
     def train(self) -> Stage:
         """k-means on one worker: 20 rounds over 256 rows a cell, at least 20,000 in all."""
-        chosen = partitioning.sample_rows(self.n, self.cells)
         return Stage(
             "train partitioner",
-            partitioning.ITERATIONS * self.assign_seconds(chosen),
+            partitioning.ITERATIONS * self.assign_seconds(self.sampled),
             tasks=1,
-            memory_bytes=self.c.process_bytes + 16 * chosen * self.d,
+            memory_bytes=self.c.process_bytes + 16 * self.sampled * self.d,
             constants=("gflops", "exact_efficiency", "assign_s_per_row", "assign_s_per_cell"),
+            read_bytes=self.sampled * self.d * 4,
+            files_opened=2 * self.bundles,
         )
 
     def assign(self) -> Stage:

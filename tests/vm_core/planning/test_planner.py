@@ -122,6 +122,8 @@ def test_several_partitions_by_hand():
     assert (result.cells, result.mean_rows, result.largest_rows) == (10, 100_000, 150_000)
     found = {each.stage.name: each.stage for each in result.stages}
     assert found["sample"].core_seconds == pytest.approx(0.6 + 1.0)
+    assert found["sample"].written_bytes == found["train partitioner"].read_bytes == 20_000 * 400
+    assert found["sample"].tasks == 100  # a bundle of shards each, here of one
     each = 1e-5 + 10 * 2 * 100 / 50e9
     assert found["train partitioner"].core_seconds == pytest.approx(20 * 20_000 * each)
     assert found["assign"].core_seconds == pytest.approx(0.6 + 1e6 * each + 0.5)
