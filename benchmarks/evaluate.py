@@ -20,9 +20,9 @@ own: this package's search: the memory opened, all queries routed, searched and 
 ``ratio`` is the seconds of plain (of own where there is no plain) over the pipeline's;
 ``ratio_to_own`` is what its name says. Expected of the former: 0.8. Came, on 2 cores, in three
 runs: 0.88, 1.02 and 1.06 (12.9 against 12.2 s), and 0.71, 0.51 and 0.56 of this package's search
-(6.8 s). What is added to that: 2.5 s for the import of Beam, 0.9 s for its start, votes and
-tables after the last search 0.5 s, results 0.8 s. Loading ScaNN's index takes 3 to 6 s of
-each way, as the machine likes. ``--keep`` leaves the memories in a folder, where the next
+(6.8 s). About half of what is added to that is the import of Beam, 2.5 s. Loading ScaNN's
+index takes 3 to 6 s of each way, as the machine likes (``open`` in the table that the
+pipeline prints). ``--keep`` leaves the memories in a folder, where the next
 run finds them.
 """
 

@@ -94,7 +94,7 @@ class Manifest(BaseModel):
     probes: int
     partitions: list[PartitionEntry]
     recall: Recall | None
-    new_classes: list[int] = []
+    new_classes: list[int]
     weights: WeightsEntry | None = None
     files: dict[str, str]
     config: dict[str, Any]

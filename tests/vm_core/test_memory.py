@@ -68,6 +68,7 @@ def manifest(tmp_path):
         recall=Recall(
             queries=9, at={1: 0.5, 10: 0.25}, worst_class=None, new_classes=None, by_probes={}
         ),
+        new_classes=[],
         files={},
         config={"shards": 2},
     )
