@@ -27,6 +27,7 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from vm_core.errors import VisualMemoryError
+from vm_core.relative_paths import check_relative
 
 _GOOGLE = ("gs://", "gcs://")
 _REQUESTS = 16  # at a time
@@ -67,6 +68,26 @@ def is_local(path: str) -> bool:
 def join(root: str, *parts: str) -> str:
     """Joins path pieces with ``/``, whatever the scheme of ``root``."""
     return posixpath.join(root, *parts)
+
+
+def inside(root: str, relative: str) -> str:
+    """The path of a file below ``root`` whose relative path comes from data.
+
+    Raises VisualMemoryError if it leads outside, by its text or by a symbolic link.
+    """
+    try:
+        path = join(root, check_relative(relative))
+    except ValueError as error:
+        raise VisualMemoryError(f"{root!r} names a file outside of it: {error}") from None
+    if is_local(path):
+        real_root = os.path.realpath(_filesystem(root)[1])
+        real = os.path.realpath(_filesystem(path)[1])
+        if os.path.commonpath([real_root, real]) != real_root:
+            raise VisualMemoryError(
+                f"{path} is a link to {real!r}, outside of {root!r}: it is not followed. Replace "
+                "the link by what it leads to"
+            )
+    return path
 
 
 def absolute(path: str) -> str:
