@@ -39,7 +39,7 @@ setup(
         "threadpoolctl",
     ],
     extras_require={
-        "gcs": ["apache-beam[gcp]==2.77.*", "gcsfs", "google-cloud-storage"],
+        "gcs": ["apache-beam[gcp]==2.77.*", "google-cloud-storage>=3.17"],
         # CUDA's libraries, for workers with an NVIDIA accelerator.
         "gpu": ["tensorflow[and-cuda]==2.20.*"],
         "keras": ["keras-hub==0.32.*", "tensorflow-text==2.20.*"],

@@ -32,7 +32,7 @@ from rich.table import Table
 from rich.text import Text
 
 from vm_core import storage
-from vm_core.errors import VisualMemoryError
+from vm_core.errors import StorageError, VisualMemoryError
 from vm_core.planning import calibration, worker_types
 from vm_core.planning.estimates import Estimate
 from vm_core.planning.planner import plan
@@ -401,7 +401,8 @@ def access(path: str) -> Check:
             if not step():
                 failed[right] = "it seemed to work, and did not"
         except Exception as error:  # each store has its own
-            failed[right] = (str(error) or type(error).__name__).splitlines()[0][:300]
+            cause = error.__cause__ if isinstance(error, StorageError) else error
+            failed[right] = (str(cause) or type(cause).__name__).splitlines()[0][:300]
         if right == "create" and failed:
             break  # there is nothing to try the other rights on
     place = path if root == path else f"{path} (would be made in {root})"

@@ -413,10 +413,9 @@ def _local_files(
             if not storage.is_local(folder):
                 _check_files(folder, storage.damaged(local, files))
             yield local
-    except VisualMemoryError:
-        raise
     except Exception as error:  # whatever Arrow, NumPy or ScaNN make of it
-        _check_files(folder, storage.damaged(folder, files), error)
+        if not isinstance(error, VisualMemoryError) or isinstance(error, FileNotFoundError):
+            _check_files(folder, storage.damaged(folder, files), error)
         raise
 
 

@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import threading
-import types
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -15,27 +15,27 @@ from contextlib import contextmanager
 
 import numpy as np
 import pytest
+from requests import Session
 
 from vm_core import batch_files, encoders, storage
 from vm_core.embedding import BatchedEncoder, ImageSettings, embed_records
 from vm_core.errors import UnreachableError, VisualMemoryError
-from vm_core.google_storage import GoogleStorage
 from vm_core.records import ImageRecord
+from vm_core.stores.remote import in_parallel
 
 
 @pytest.fixture
 def requests(monkeypatch) -> list[tuple[str, int]]:
     """Grows by the method and the length of the answer of every request of this process."""
     made: list[tuple[str, int]] = []
-    request = GoogleStorage._request
+    send = Session.send
 
-    async def counted(self, method, *arguments, **options):
-        made.append((method, 0))
-        answer = await request(self, method, *arguments, **options)
-        made[-1] = (method, len(answer[3]))
+    def counted(self, request, **options):
+        answer = send(self, request, **options)
+        made.append((request.method, int(answer.headers.get("Content-Length") or 0)))
         return answer
 
-    monkeypatch.setattr(GoogleStorage, "_request", counted)
+    monkeypatch.setattr(Session, "send", counted)
     return made
 
 
@@ -53,6 +53,7 @@ def test_one_request_where_one_will_do(bucket, requests):
     assert count(storage.is_file, path) == ["GET"]
     assert count(storage.is_file, f"{bucket}/none") == ["GET"]
     assert count(storage.exists, path) == ["GET"]
+    assert count(storage.is_directory, bucket) == ["GET"]
     assert count(storage.walk, bucket) == ["GET"]
     assert count(storage.swap, f"{bucket}/new", None, b"x") == ["POST"]
     assert count(storage.swap, path, b"x", b"y") == ["GET", "POST"]
@@ -72,7 +73,7 @@ def test_a_batch_is_read_without_the_rest_of_its_file(bucket, requests):
 
 
 def test_more_files_than_a_listing_shows_at_once(bucket):
-    storage._each(lambda number: storage.write_bytes(f"{bucket}/many/{number}", b"x"), range(1100))
+    in_parallel(lambda number: storage.write_bytes(f"{bucket}/many/{number}", b"x"), range(1100))
     assert len(storage.walk(f"{bucket}/many")) == 1100
     storage.remove_directory(f"{bucket}/many")
     assert storage.walk(bucket) == []
@@ -157,12 +158,8 @@ def reply(handler: http.server.BaseHTTPRequestHandler, status: int, body: bytes)
 
 @pytest.fixture
 def no_waiting(monkeypatch) -> None:
-    """Repeats a request at once; half a minute passes otherwise."""
-
-    async def sleep(_: float) -> None:
-        pass
-
-    monkeypatch.setattr("gcsfs.retry.asyncio", types.SimpleNamespace(sleep=sleep))
+    """Gives up a store after a second; a minute passes otherwise."""
+    monkeypatch.setenv("VISUAL_MEMORY_STORAGE_TIMEOUT", "1")
 
 
 @pytest.mark.parametrize("status", [401, 403])
@@ -171,7 +168,7 @@ def test_without_rights(monkeypatch, call, status, no_waiting):
     body = b'{"error": {"message": "Anonymous caller has no access"}}'
     with server(lambda handler: reply(handler, status, body)) as host:
         monkeypatch.setenv("STORAGE_EMULATOR_HOST", host)
-        with pytest.raises(VisualMemoryError, match="refuses: .*no access.*application-default"):
+        with pytest.raises(VisualMemoryError, match="refuses: .*application-default"):
             call("gs://bucket/a")
 
 
@@ -193,7 +190,7 @@ def test_an_image_is_not_to_blame_for_a_store_that_does_not_answer(monkeypatch, 
         embed_records([image], BatchedEncoder, encoder, ImageSettings())
 
 
-def test_a_busy_server_is_asked_again(bucket, monkeypatch, no_waiting):
+def test_a_busy_server_is_asked_again(bucket, monkeypatch):
     """The first answer to a write is lost, though it is done."""
     real = os.environ["STORAGE_EMULATOR_HOST"]
     lost: list[str] = []
@@ -224,7 +221,91 @@ def test_a_busy_server_is_asked_again(bucket, monkeypatch, no_waiting):
 
 
 def test_without_the_extra(monkeypatch):
-    monkeypatch.setitem(sys.modules, "vm_core.google_storage", None)
-    monkeypatch.delattr("vm_core.google_storage", raising=False)
+    monkeypatch.setitem(sys.modules, "vm_core.stores.google", None)
+    monkeypatch.delattr("vm_core.stores.google", raising=False)
     with pytest.raises(VisualMemoryError, match=r"cannot open 'gs://b/x': .*visual-memory\[gcs\]"):
         storage.read_bytes("gs://b/x")
+
+
+def stall(handler: http.server.BaseHTTPRequestHandler) -> None:
+    """Accepts and never answers."""
+    time.sleep(30)
+
+
+def stall_midway(handler: http.server.BaseHTTPRequestHandler) -> None:
+    handler.send_response(200)
+    handler.send_header("Content-Length", "1000")
+    handler.end_headers()
+    handler.wfile.write(b"{")
+    handler.wfile.flush()
+    time.sleep(30)
+
+
+def drop(handler: http.server.BaseHTTPRequestHandler) -> None:
+    """Closes the connection after a part of the answer."""
+    handler.send_response(200)
+    handler.send_header("Content-Length", "1000")
+    handler.end_headers()
+    handler.wfile.write(b"{")
+    handler.close_connection = True
+
+
+def busy(handler: http.server.BaseHTTPRequestHandler) -> None:
+    reply(handler, 503, b"busy")
+
+
+@pytest.mark.parametrize("answer", [stall, stall_midway, drop, busy])
+@pytest.mark.parametrize(
+    "call",
+    [
+        storage.read_bytes,
+        storage.exists,
+        storage.walk,
+        storage.sha256_file,
+        storage.remove_file,
+        lambda path: storage.write_bytes(path, b"x"),
+        lambda path: storage.swap(path, None, b"x"),
+        lambda path: storage.local_copy(path).__enter__(),
+    ],
+)
+def test_every_request_ends(monkeypatch, no_waiting, answer, call):
+    with server(answer) as host:
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST", host)
+        start = time.monotonic()
+        with pytest.raises(UnreachableError, match="does not answer"):
+            call("gs://bucket/a")
+        assert time.monotonic() - start < 6
+
+
+def test_the_timeout_is_a_number(monkeypatch):
+    for text in ("soon", "0", "-1", "nan", "1e9"):
+        monkeypatch.setenv("VISUAL_MEMORY_STORAGE_TIMEOUT", text)
+        with pytest.raises(VisualMemoryError, match=f"TIMEOUT is '{text}'. Give seconds"):
+            storage.read_bytes("gs://bucket/a")
+
+
+def test_a_file_is_read_in_any_order(bucket):
+    data = np.random.default_rng(0).bytes(300_000)
+    storage.write_bytes(f"{bucket}/a", data)
+    random = np.random.default_rng(1)
+    with storage.open_read(f"{bucket}/a") as file:
+        for _ in range(200):
+            start, length = random.integers(0, 310_000), int(10 ** random.uniform(0, 5.5))
+            file.seek(start)
+            assert file.read(length) == data[start : start + length]
+        assert file.seek(-10, os.SEEK_END) == 299_990 and file.read() == data[-10:]
+        file.seek(0)
+        assert file.read() == data
+
+
+def test_patterns_are_those_of_a_disk(bucket, tmp_path):
+    names = ["a-1", "a-2", "b/a-3", "b/c/a-4", "a[1]", "ab"]
+    for root in (bucket, str(tmp_path)):
+        for name in names:
+            storage.write_bytes(f"{root}/{name}", b"x")
+    for pattern in ("a-*", "a-?", "*", "**/a-*", "b/**", "a[[]1]", "a[b-]*", "*/*", "b/*/a-*"):
+        found = [
+            [file.path.removeprefix(root) for file in storage.list_files(f"{root}/{pattern}")]
+            for root in (bucket, str(tmp_path))
+        ]
+        assert found[0] == found[1], pattern

@@ -19,6 +19,7 @@ from vm_core.partitioning import Partitioning
 from vm_core.records import EmbeddingBlock, strings
 from vm_core.search import Router, Searcher
 from vm_core.shards import write_shard
+from vm_core.stores import remote
 
 ROWS, SHARDS = 600, 3
 
@@ -222,12 +223,12 @@ def test_an_attempt_that_dies_while_it_uploads_harms_no_other(root, monkeypatch)
     plan = plan_of(root, block(9))
     (task,) = indexing.plan_partitions(plan, [indexing.assign_shards(plan, n) for n in range(3)])
     won = []
-    upload = storage._each
+    upload = remote.in_parallel
 
     def overtaken(attempt):
         if attempt == 1:
             won.append(indexing.build_partition(plan, task))
-            monkeypatch.setattr(storage, "_each", half)
+            monkeypatch.setattr(remote, "in_parallel", half)
 
     def half(call, files, *more):
         upload(call, files[::2], *(each[::2] for each in more))
@@ -236,7 +237,7 @@ def test_an_attempt_that_dies_while_it_uploads_harms_no_other(root, monkeypatch)
     differing_builds(monkeypatch, overtaken)
     with pytest.raises(KeyboardInterrupt):
         indexing.build_partition(plan, task)
-    monkeypatch.setattr(storage, "_each", upload)
+    monkeypatch.setattr(remote, "in_parallel", upload)
     assert not storage.damaged(plan.path(won[0].folder), won[0].files)
     assert indexing.build_partition(plan, task) == won[0]
     assert len(indexing.unnamed_folders(plan, won)) == 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import tempfile
 import threading
 import uuid
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +15,8 @@ import fsspec
 import pytest
 
 from vm_core import storage
-from vm_core.errors import VisualMemoryError
+from vm_core.errors import MissingFileError, StorageError, VisualMemoryError
+from vm_core.stores.other import remote_file
 
 
 @pytest.fixture(params=["local", "bucket", "memory"])
@@ -25,6 +27,11 @@ def root(request, tmp_path) -> str:
     if request.param == "bucket":
         return request.getfixturevalue("bucket") + "/root"
     return f"memory://root-{uuid.uuid4().hex}"
+
+
+def opened(path: str) -> bytes:
+    with storage.open_read(path) as file:
+        return file.read()
 
 
 def listed(root: str) -> list[str]:
@@ -55,10 +62,10 @@ def test_what_is_there(root):
 
 def test_a_missing_file_is_reported_alike(root):
     path = storage.join(root, "none")
-    for read in (storage.read_bytes, storage.open_read):
-        with pytest.raises(FileNotFoundError) as raised:
+    for read in (storage.read_bytes, opened):
+        with pytest.raises(MissingFileError) as raised:
             read(path)
-        assert raised.value.strerror == "No such file or directory"
+        assert str(raised.value) == f"cannot read {path!r}: No such file or directory"
         assert str(raised.value.filename) == path
 
 
@@ -204,8 +211,9 @@ def test_attempts_that_write_one_folder_at_once_all_succeed(tmp_path):
 def test_a_folder_does_not_replace_a_file(tmp_path):
     path = tmp_path / "index"
     path.write_text("important")
-    with pytest.raises(NotADirectoryError), storage.write_directory_atomic(str(path)) as folder:
-        fill(folder, a="1")
+    with pytest.raises(StorageError, match="Not a directory"):
+        with storage.write_directory_atomic(str(path)) as folder:
+            fill(folder, a="1")
     assert path.read_text() == "important"
 
 
@@ -252,7 +260,7 @@ def test_the_version_changes_with_the_file(root, list_them):
     ],
 )
 def test_each_store_has_its_own_name_for_the_version(details):
-    found = storage._remote_file("s3://bucket/x", {"size": 3, **details})
+    found = remote_file("s3://bucket/x", {"size": 3, **details})
     assert found == ("s3://bucket/x", 3, next(iter(details.values())))
 
 
@@ -361,9 +369,9 @@ def test_two_attempts_remove_one_folder(monkeypatch):
     for name in ("a", "b", "c"):
         storage.write_bytes(f"{root}/{name}", b"1")
     filesystem = fsspec.filesystem("memory")
-    names = filesystem.find("/removed")
-    filesystem.rm_file(names[1])  # by the other one, after the folder was listed
-    monkeypatch.setattr(type(filesystem), "find", lambda *_: names)
+    found = filesystem.find("/removed", detail=True)
+    filesystem.rm_file("/removed/b")  # by the other one, after the folder was listed
+    monkeypatch.setattr(type(filesystem), "find", lambda *_, **__: found)
     storage.remove_directory(root)
     monkeypatch.undo()
     assert not filesystem.find("/removed")
@@ -394,3 +402,145 @@ def test_the_stand_in_for_a_bucket_is_not_local():
     assert not storage.is_local("memory://x")
     assert storage.is_local("/x")
     assert fsspec.filesystem("memory").protocol == "memory"
+
+
+def test_a_failed_write_names_the_file_the_cause_and_the_remedy(tmp_path):
+    path = str(tmp_path / "table")
+    refused = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    with pytest.raises(StorageError, match="No space left on device. Free some") as raised:
+        with storage.write_atomic(path) as file:
+            file.write(b"x")
+            raise refused
+    assert str(raised.value).startswith(f"cannot write {path!r}: ")
+    assert raised.value.errno == errno.ENOSPC and raised.value.filename == path
+    assert listed(str(tmp_path)) == []
+
+
+def test_an_error_about_another_file_names_that_file(tmp_path):
+    with pytest.raises(MissingFileError), storage.write_atomic(str(tmp_path / "a")) as file:
+        file.write(storage.read_bytes(str(tmp_path / "none")))
+    with pytest.raises(StorageError, match=r"cannot write '.*/readable': Permission denied. Get"):
+        with storage.write_directory_atomic(str(tmp_path / "a")):
+            raise PermissionError(errno.EACCES, "", str(tmp_path / "readable"))
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        storage.read_bytes,
+        storage.walk,
+        storage.remove_file,
+        lambda path: storage.write_bytes(path, b"x"),
+        lambda path: storage.swap(path, None, b"x"),
+    ],
+)
+def test_a_name_that_no_file_can_have(tmp_path, call):
+    with pytest.raises(StorageError, match="no file can have this name"):
+        call(f"{tmp_path}/a\0b")
+
+
+@pytest.mark.parametrize("read", [storage.read_bytes, opened, storage.sha256_file])
+def test_only_regular_files_are_read(tmp_path, read):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "linked").symlink_to(tmp_path / "pipe")
+    for path in (f"{tmp_path}/pipe", f"{tmp_path}/linked", "/dev/zero"):
+        with pytest.raises(StorageError, match="it is not a regular file"):
+            read(path)
+    with pytest.raises(StorageError, match="Is a directory"):
+        read(str(tmp_path))
+
+
+def test_a_limit_of_bytes(root):
+    path = storage.join(root, "a")
+    storage.write_bytes(path, b"12345")
+    assert storage.read_bytes(path, limit=5) == b"12345"
+    with pytest.raises(StorageError, match="it has more than 4 bytes"):
+        storage.read_bytes(path, limit=4)
+    storage.write_bytes(path, b"")
+    assert storage.read_bytes(path, limit=0) == b""
+
+
+def test_a_folder_that_two_links_lead_to_is_walked_once(tmp_path):
+    (tmp_path / "data" / "z").mkdir(parents=True)
+    (tmp_path / "data" / "z" / "1").write_text("one")
+    (tmp_path / "data" / "a").symlink_to("z")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "2").write_text("two")
+    (tmp_path / "other" / "back").symlink_to(tmp_path / "data")
+    for name in ("b", "c"):
+        (tmp_path / "data" / name).symlink_to(tmp_path / "other")
+    # Where there is a way without a link it is taken, otherwise the first by name.
+    assert listed(str(tmp_path / "data")) == ["/b/2", "/z/1"]
+
+
+def test_what_is_written_is_synced_with_its_folders(tmp_path, monkeypatch):
+    """Everything that a reader needs is on the disk before the call returns."""
+    synced: set[str] = set()
+    fsync = os.fsync
+
+    def record(descriptor: int) -> None:
+        synced.add(os.readlink(f"/proc/self/fd/{descriptor}").partition(".incomplete-")[0])
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", record)
+    storage.write_bytes(f"{tmp_path}/new/folder/file", b"x")
+    new = [f"{tmp_path}{name}" for name in ("", "/new", "/new/folder", "/new/folder/file")]
+    assert synced == set(new)
+    synced.clear()
+    storage.swap(f"{tmp_path}/new/pointer", None, b"x")
+    assert synced == {f"{tmp_path}/new", f"{tmp_path}/new/pointer"}
+    synced.clear()
+    with storage.write_directory_atomic(f"{tmp_path}/new/index") as folder:
+        fill(folder, a="1", deep__b="2")
+        local = folder
+    assert {f"{tmp_path}/new", f"{tmp_path}/new/index"} <= synced
+    with storage.write_directory_atomic(f"{tmp_path}/new/index2") as folder:
+        local, seen = folder, set()
+        monkeypatch.setattr(os, "fsync", lambda d: seen.add(os.readlink(f"/proc/self/fd/{d}")))
+        fill(folder, a="1", deep__b="2")
+    below = {f"{local}{name}" for name in ("", "/a", "/deep", "/deep/b")}
+    assert below | {f"{tmp_path}/new"} == seen
+
+
+def test_leftovers_by_age(tmp_path):
+    storage.write_bytes(f"{tmp_path}/a/kept", b"x")
+    (tmp_path / "a" / "table.incomplete-1").write_text("12345")
+    (tmp_path / "index.incomplete-2").mkdir()
+    (tmp_path / "index.incomplete-2" / "part").write_text("123")
+    found = storage.leftovers(str(tmp_path))
+    assert [(file.path.rpartition("/")[2], file.size) for file in found] == [
+        ("table.incomplete-1", 5),
+        ("index.incomplete-2", 3),
+    ]
+    os.utime(tmp_path / "a" / "table.incomplete-1", (1, 1))
+    storage.remove_leftovers(str(tmp_path), seconds=3600)
+    assert not (tmp_path / "a" / "table.incomplete-1").exists()
+    storage.remove_leftovers(str(tmp_path))
+    assert listed(str(tmp_path)) == ["/a/kept"]
+
+
+def test_temporary_files_of_a_process_that_ends_early(tmp_path):
+    with storage.temporary_directory(str(tmp_path / "index")) as folder:
+        fill(folder, a="1")
+        with storage.write_atomic(str(tmp_path / "table")) as file:
+            file.write(b"x")
+            file.flush()
+            assert len(storage.leftovers(str(tmp_path))) == 2
+            storage.remove_temporaries()
+            assert os.listdir(tmp_path) == []
+            storage.write_bytes(str(tmp_path / "table"), b"")
+            with open(file.name, "wb"):  # for the end of the block
+                pass
+
+
+@pytest.mark.parametrize("name", ["../x", "a/../../x", "a//x", "/x"])
+def test_a_download_stays_in_its_folder(make_bucket, name, tmp_path, monkeypatch):
+    bucket = make_bucket()
+    storage.write_bytes(f"{bucket}/memory/good", b"1")
+    storage.write_bytes(f"{bucket}/memory/{name}", b"stranger")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    for names in (None, ["good", name]):
+        with pytest.raises(VisualMemoryError, match="copied to another place"):
+            with storage.local_copy(f"{bucket}/memory", names):
+                pass
+    assert listed(str(tmp_path)) == []
