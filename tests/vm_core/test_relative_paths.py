@@ -1,3 +1,5 @@
+import pickle
+
 import pytest
 
 from vm_core import storage
@@ -49,4 +51,6 @@ def test_links_out_of_the_root_are_not_followed(tmp_path):
 def test_storage_errors_are_os_errors_with_a_text_of_their_own():
     error = MissingFileError(2, "there is no file 'x'", "x")
     assert isinstance(error, StorageError) and isinstance(error, FileNotFoundError)
-    assert (str(error), error.errno, error.filename) == ("there is no file 'x'", 2, "x")
+    for same in (error, pickle.loads(pickle.dumps(error))):
+        assert (str(same), same.errno, same.filename) == ("there is no file 'x'", 2, "x")
+        assert same.strerror == "No such file or directory"
