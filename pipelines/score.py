@@ -104,6 +104,8 @@ def run(
             "score",
         )
         results = score_tables.finished_scores(plan)
+    else:
+        storage.remove_directory(plan.work(""))  # a run may have been stopped right before
     if results is None:
         raise VisualMemoryError(f"the pipeline ended without scores in {plan.path('')}")
     return results

@@ -1,14 +1,14 @@
 """Files of record batches under numbered keys: a reader takes one key's and leaves the rest.
 
 A stage writes one file for all its readers, and each reads what has its number. Beside
-``NAME.arrow`` stands ``NAME.json``, written last: which batches are whose, and what else
-the writer had to say. Where it stands the file is complete.
+``NAME.arrow`` stands ``NAME.json``, written last and sealed: which batches are whose, the
+SHA-256 of the file, and what else the writer had to say. Where it agrees the file is complete.
 """
 
 from __future__ import annotations
 
 import errno
-import json
+import hashlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from vm_core import storage
-from vm_core.errors import VisualMemoryError
+from vm_core import sealed, storage
+from vm_core.errors import DamagedError
 
 BUNDLES = 1024
 """Into how many bundles shards are gathered at most: one writes a file, not each shard."""
@@ -29,7 +29,7 @@ Columns = dict[str, np.ndarray]
 class Writer:
     """Takes batches for a file; see ``writing``. facts: JSON values for the reader."""
 
-    def __init__(self, file: Any):
+    def __init__(self, file: storage.HashingWriter):
         self._file = file
         self._writer: pa.RecordBatchFileWriter | None = None
         self._written = 0
@@ -54,23 +54,27 @@ class Writer:
 def writing(path: str) -> Iterator[Writer]:
     """A file to be written, named without its suffix; it is complete when the block ends."""
     with storage.write_atomic(f"{path}.arrow") as file:
-        writer = Writer(file)
+        hashing = storage.HashingWriter(file)
+        writer = Writer(hashing)
         yield writer
         writer.close()
-    marker = {"batches": writer.batches, "facts": writer.facts}
-    storage.write_bytes(f"{path}.json", json.dumps(marker).encode())
+    marker = {
+        "batches": writer.batches,
+        "facts": writer.facts,
+        "sha256": hashing.sha256.hexdigest(),
+    }
+    sealed.write_json(f"{path}.json", marker)
 
 
 class BatchFile:
     """A complete file, named without its suffix."""
 
     def __init__(self, path: str):
-        """Raises VisualMemoryError, as the methods do, if the file is missing or damaged."""
+        """Raises DamagedError, as the methods do, if the file is missing or damaged."""
         self._path = path
-        with _readable(f"{path}.json"):
-            marker = json.loads(storage.read_bytes(f"{path}.json"))
-            self._batches = {int(key): numbers for key, numbers in marker["batches"].items()}
-            self.facts: dict[str, Any] = marker["facts"]
+        marker = sealed.require_json(f"{path}.json")
+        self._batches = {int(key): numbers for key, numbers in marker["batches"].items()}
+        self.facts: dict[str, Any] = marker["facts"]
 
     @property
     def keys(self) -> list[int]:
@@ -105,10 +109,9 @@ def _readable(path: str) -> Iterator[None]:
         if isinstance(error, OSError) and error.errno not in (None, errno.ENOENT):
             raise  # too many open files, no right to read: not the file's fault
         reason = str(error).partition("\n")[0]
-        raise VisualMemoryError(
+        raise DamagedError(
             f"the unfinished work in {path} cannot be read: {type(error).__name__}: {reason}. "
-            f"Remove the folder {path.rpartition('/')[0]} and start the command again: it is "
-            "made anew"
+            "Start the command again: it is made anew"
         ) from error
 
 
@@ -119,7 +122,14 @@ def first_of_bundles(shards: int) -> np.ndarray:
 
 
 def is_complete(path: str) -> bool:
-    return storage.is_file(f"{path}.json")
+    """Whether a file, named without its suffix, is there and as it was written. Reads it."""
+    marker = sealed.read_json(f"{path}.json")
+    if marker is None:
+        return False
+    try:
+        return bool(storage.sha256_file(f"{path}.arrow") == marker["sha256"])
+    except FileNotFoundError:
+        return marker["sha256"] == hashlib.sha256().hexdigest()
 
 
 def _columns(batch: pa.RecordBatch) -> Columns:

@@ -10,7 +10,7 @@ import json
 import logging
 import shlex
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Literal
@@ -18,11 +18,22 @@ from typing import Any, Literal
 import pyarrow as pa
 from pydantic import Field, SerializeAsAny, field_validator
 
-from vm_core import encoders, index, indexing, measure, memory, plugins, recall, sources, storage
+from vm_core import (
+    encoders,
+    index,
+    indexing,
+    measure,
+    memory,
+    plugins,
+    recall,
+    sealed,
+    sources,
+    storage,
+)
 from vm_core.classes import ClassTable, add_counts, pack_counts
 from vm_core.embedding import EmbedPlan, ImageSettings, gather
 from vm_core.encoders import Encoder
-from vm_core.errors import VisualMemoryError
+from vm_core.errors import DamagedError, VisualMemoryError
 from vm_core.failures import check_failures, count_reasons, quarantine_table
 from vm_core.index import Index
 from vm_core.indexing import IndexPlan, PartitionEntry, ShardRows
@@ -36,6 +47,8 @@ from vm_core.sources import Source, Split
 from vm_core.tables import write_table
 
 _log = logging.getLogger(__name__)
+
+_HASHED_BYTES = 64 << 30  # what a launcher reads in a minute or so from a disk
 
 
 class BuildConfig(plugins.Settings):
@@ -162,20 +175,36 @@ def classes_before(root: str, fingerprint: str, classes: ClassTable) -> frozense
 
 
 def finished_shards(plan: BuildPlan) -> dict[int, ShardEntry]:
-    """The shards that are complete under this plan's fingerprint."""
+    """The shards that are complete under this plan's fingerprint: damaged ones are not."""
     finished = {}
     for shard in range(plan.config.shards):
-        marker = storage.read_if_exists(_marker(plan, shard))
+        marker = sealed.read(_marker(plan, shard))
         if marker is not None:
-            entry = ShardEntry.model_validate_json(marker)
-            if all(storage.is_file(plan.path(name)) for name in entry.files):
-                finished[shard] = entry
-    return finished
+            finished[shard] = ShardEntry.model_validate_json(marker)
+    total = sum(entry.bytes for entry in finished.values())
+    files = {name: digest for entry in finished.values() for name, digest in entry.files.items()}
+    wrong = _damaged(plan.root, files, total)
+    return {
+        shard: entry for shard, entry in finished.items() if not wrong.keys() & entry.files.keys()
+    }
+
+
+def _damaged(root: str, files: Mapping[str, str], size: int) -> Mapping[str, str]:
+    """Files that are missing or damaged, and why.
+
+    Those of more than _HASHED_BYTES are not read: it is only asked whether they are there.
+    """
+    if size <= _HASHED_BYTES:
+        return storage.damaged(root, files)
+    return {name: "is missing" for name in files if not storage.is_file(storage.join(root, name))}
 
 
 def read_entry(plan: BuildPlan, shard: int) -> ShardEntry:
     """What the marker of a finished shard says."""
-    return ShardEntry.model_validate_json(storage.read_bytes(_marker(plan, shard)))
+    marker = sealed.read(_marker(plan, shard))
+    if marker is None:
+        raise DamagedError(f"{_marker(plan, shard)} is damaged. Start the same command again")
+    return ShardEntry.model_validate_json(marker)
 
 
 def _marker(plan: BuildPlan, shard: int) -> str:
@@ -199,10 +228,11 @@ def is_published(plan: BuildPlan) -> bool:
     same = (
         # As they were asked for: what they came to is not known before the index is there.
         manifest.config["partitioning"] == plan.config.partitioning.model_dump(mode="json")
-        and all(storage.is_file(plan.path(name)) for name in manifest.files)
-        and all(
-            partition.folder.startswith(folder) and indexing.is_complete(plan.root, partition)
-            for partition in manifest.partitions
+        and all(partition.folder.startswith(folder) for partition in manifest.partitions)
+        and not _damaged(
+            plan.root,
+            manifest.files | manifest.partition_files(),
+            sum(partition.bytes for partition in manifest.partitions),
         )
     )
     if same and manifest.recall is not None:
@@ -244,7 +274,7 @@ def write_shard_files(plan: BuildPlan, shard: int, parts: Iterable[Embedded]) ->
         source_counts=dict(sorted(Counter(block.sources).items())),
         reasons=count_reasons(rejected),
     )
-    storage.write_bytes(_marker(plan, shard), entry.model_dump_json(indent=1).encode())
+    sealed.write(_marker(plan, shard), entry.model_dump_json(indent=1).encode())
     report("write", 1)
     measure.count("done_rows", entry.embedded)
     measure.count("duplicate_rows", entry.duplicates)

@@ -7,12 +7,12 @@ import json
 
 import pyarrow as pa
 
-from vm_core import storage
+from vm_core import sealed
 from vm_core.records import Embedded, EmbeddingBlock, Rejected, strings
 
 
 def write(path: str, embedded: Embedded) -> None:
-    """Writes an Arrow file, atomically."""
+    """Writes a sealed Arrow file."""
     block = embedded.block
     columns = {
         "id": pa.array(block.ids, pa.string()),
@@ -28,12 +28,12 @@ def write(path: str, embedded: Embedded) -> None:
     sink = io.BytesIO()
     with pa.ipc.new_file(sink, table.schema) as writer:
         writer.write_table(table)
-    storage.write_bytes(path, sink.getvalue())
+    sealed.write(path, sink.getvalue())
 
 
 def read(path: str) -> Embedded | None:
-    """What was written, None if nothing was."""
-    data = storage.read_if_exists(path)
+    """What was written, None if nothing was or the file is damaged."""
+    data = sealed.read(path)
     if data is None:
         return None
     table = pa.ipc.open_file(data).read_all().combine_chunks()

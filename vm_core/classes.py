@@ -19,8 +19,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from vm_core import storage
-from vm_core.errors import VisualMemoryError
+from vm_core.errors import DamagedError, VisualMemoryError
 from vm_core.records import PADDING, UNKNOWN
+from vm_core.tables import parse_table
+
+_SCHEMA = pa.schema([("label", pa.int64()), ("key", pa.string()), ("name", pa.string())])
+_REMEDY = "Restore it from a copy, or build the memory again"
 
 
 @dataclass(frozen=True)
@@ -106,11 +110,13 @@ class ClassTable:
         return sink.getvalue()
 
     @staticmethod
-    def read(path: str) -> ClassTable:
-        table = pq.read_table(io.BytesIO(storage.read_bytes(path)))
-        return ClassTable(
-            *(tuple(table.column(name).to_pylist()) for name in ("key", "name", "label"))
-        )
+    def parse(path: str, data: bytes) -> ClassTable:
+        """The table in the bytes of a file; path: of the file. Raises DamagedError."""
+        table = parse_table(path, data, _REMEDY, _SCHEMA)
+        columns = [table.column(name).to_pylist() for name in ("key", "name", "label")]
+        if any(None in column for column in columns):
+            raise DamagedError(f"{path} is damaged: a class has no key or name. {_REMEDY}")
+        return ClassTable(*map(tuple, columns))
 
 
 def read_class_list(path: str) -> dict[str, str]:

@@ -6,10 +6,11 @@ import copy
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
-import yaml
-
 from vm_core import plugins, storage
 from vm_core.errors import VisualMemoryError
+from vm_core.untrusted import parse_yaml
+
+_MAX_BYTES = 4 << 20
 
 C = TypeVar("C", bound=plugins.Settings)
 
@@ -34,9 +35,10 @@ def load(
                 "--set encoder.batch_size=64"
             )
         try:
-            _set(settings, key, yaml.safe_load(value))
-        except yaml.YAMLError as error:
+            parsed = parse_yaml(value)
+        except ValueError as error:
             raise VisualMemoryError(f"--set {override!r}: not valid YAML: {error}") from error
+        _set(settings, key, parsed)
     return plugins.validate(model, settings, f"configuration {path}" if path else "options")
 
 
@@ -44,8 +46,8 @@ def _read(path: str) -> dict[str, Any]:
     if not storage.exists(path) or storage.is_directory(path):
         raise VisualMemoryError(f"configuration {path!r} does not exist. Give a YAML file")
     try:
-        settings = yaml.safe_load(storage.read_bytes(path))
-    except yaml.YAMLError as error:
+        settings = parse_yaml(storage.read_bytes(path, limit=_MAX_BYTES))
+    except ValueError as error:
         raise VisualMemoryError(f"configuration {path!r} is not valid YAML: {error}") from error
     if not isinstance(settings, dict):
         raise VisualMemoryError(f"configuration {path!r} must hold KEY: VALUE lines")

@@ -231,7 +231,8 @@ def read_embeddings(plan: EvaluationPlan, path: str) -> Iterator[Embedded]:
     labels are taken to be the memory's.
     """
     classes = storage.join(path.rpartition("/")[0], "classes.parquet")
-    theirs = ClassTable.read(classes) if storage.is_file(classes) else None
+    data = storage.read_if_exists(classes)
+    theirs = None if data is None else ClassTable.parse(classes, data)
     for block in read_blocks(path, expected_fingerprint=plan.memory.manifest.encoder_fingerprint):
         labels = block.labels
         if theirs is not None:

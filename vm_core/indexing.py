@@ -12,27 +12,30 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import json
 import logging
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-from pydantic import BaseModel, SerializeAsAny, field_validator
+from pydantic import BaseModel, NonNegativeInt, SerializeAsAny, field_validator
 
-from vm_core import batch_files, index, measure, partitioning, partitions, storage
+from vm_core import batch_files, index, measure, partitioning, partitions, sealed, storage
 from vm_core.batch_files import BatchFile
-from vm_core.errors import VisualMemoryError
-from vm_core.index import Index
+from vm_core.errors import DamagedError, VisualMemoryError
+from vm_core.index import Index, TopK
 from vm_core.partitioning import Partitioning
 from vm_core.partitions import Members, Partition
 from vm_core.progress import report
 from vm_core.recall import HeldOut, Hits, exact_and_found, held_out, shares
+from vm_core.records import EmbeddingBlock
+from vm_core.relative_paths import Files, RelativePath
 from vm_core.search import Router
 from vm_core.shard_rows import DTYPES
 from vm_core.shards import read_shard
@@ -56,13 +59,13 @@ class PartitionEntry(BaseModel):
     for them, so that two attempts that wrote different files are in different folders.
     """
 
-    folder: str
-    cell: int
-    count: int
-    home: int
-    bytes: int
+    folder: RelativePath
+    cell: NonNegativeInt
+    count: NonNegativeInt
+    home: NonNegativeInt
+    bytes: NonNegativeInt
     index: SerializeAsAny[Index]
-    files: dict[str, str]
+    files: Files
 
     @field_validator("index", mode="before")
     @classmethod
@@ -169,7 +172,7 @@ def sample_shards(plan: IndexPlan, bundle: int) -> None:
         return
     with batch_files.writing(path) as out:
         for shard in plan.bundle(bundle):
-            block = read_shard(plan.path(plan.shards[shard].path))
+            block = _read_shard(plan, shard)
             rows = partitioning.sample(
                 block.ids, block.vectors, plan.rows, plan.cells, plan.partitioning.seed
             )
@@ -184,17 +187,35 @@ def train(plan: IndexPlan) -> None:
     files = (BatchFile(plan.sampled(bundle)) for bundle in range(plan.bundles))
     rows = np.concatenate([batch["vector"] for file in files for batch in file.read(0)])
     centroids = partitioning.train(rows, plan.cells, plan.partitioning.seed)
-    with storage.write_atomic(plan.path(plan.centroids)) as file:
-        np.save(file, centroids)
+    path = plan.path(plan.centroids)
+    with storage.write_atomic(path) as file:
+        hashing = storage.HashingWriter(file)
+        np.save(hashing, centroids)
+    sealed.write_json(f"{path}.json", hashing.sha256.hexdigest())
 
 
 def _is_trained(plan: IndexPlan) -> bool:
-    return plan.centroids is None or storage.is_file(plan.path(plan.centroids))
+    if plan.centroids is None:
+        return True
+    path = plan.path(plan.centroids)
+    digest = sealed.read_json(f"{path}.json")
+    return digest is not None and not storage.damaged(plan.root, {plan.centroids: digest})
 
 
 def read_centroids(path: str) -> np.ndarray:
-    with storage.open_read(path) as file:
-        return np.load(file, allow_pickle=False)
+    """(C, D) float32: the centroids of the cells. Raises DamagedError."""
+    return parse_centroids(path, storage.read_bytes(path))
+
+
+def parse_centroids(path: str, data: bytes) -> np.ndarray:
+    """The centroids in the bytes of a file; path: of the file. Raises DamagedError."""
+    try:
+        centroids = np.load(io.BytesIO(data), allow_pickle=False)
+        if centroids.ndim != 2 or centroids.dtype != np.float32 or not np.isfinite(centroids).all():
+            raise ValueError("it is no matrix of finite float32 numbers")
+    except (ValueError, EOFError, OSError) as error:
+        raise DamagedError(f"{path} is damaged: {error}. Build the memory again") from error
+    return centroids
 
 
 def assign_shards(plan: IndexPlan, bundle: int) -> np.ndarray:
@@ -274,7 +295,8 @@ def build_partition(plan: IndexPlan, task: Task) -> PartitionEntry:
     name = plan.path(f"{plan.folder}/partition-{task.number:05d}")
     marker = f"{name}.json"
     written = storage.read_if_exists(marker)
-    built = None if written is None else PartitionEntry.model_validate_json(written)
+    found = sealed.unseal(written or b"")
+    built = None if found is None else PartitionEntry.model_validate_json(found)
     if built is not None and not is_complete(plan.root, built):
         built = None
     measure.count_reuse("partitions", built is not None)
@@ -285,8 +307,8 @@ def build_partition(plan: IndexPlan, task: Task) -> PartitionEntry:
         entry = _write_partition(plan, task, local)
         if not is_complete(plan.root, entry):  # an attempt with the same bytes
             storage.move_directory(local, plan.path(entry.folder))
-    if not storage.swap(marker, written, entry.model_dump_json(indent=1).encode()):
-        first = PartitionEntry.model_validate_json(storage.read_bytes(marker))
+    if not storage.swap(marker, written, sealed.seal(entry.model_dump_json(indent=1).encode())):
+        first = PartitionEntry.model_validate_json(sealed.read(marker) or b"")
         if first.folder != entry.folder:
             storage.remove_directory(plan.path(entry.folder))
         _log.info("another attempt has built partition %d before", task.number)
@@ -325,12 +347,9 @@ def _write_partition(plan: IndexPlan, task: Task, local: str) -> PartitionEntry:
 
 
 def is_complete(root: str, entry: PartitionEntry) -> bool:
-    """Whether a partition's files are all there, by their number and their size."""
-    try:
-        found = storage.walk(storage.join(root, entry.folder))
-    except FileNotFoundError:
-        return False
-    return (len(found), sum(file.size for file in found)) == (len(entry.files), entry.bytes)
+    """Whether a partition's files are all there and as they were written. Reads them."""
+    folder = storage.join(root, entry.folder)
+    return storage.is_directory(folder) and not storage.damaged(folder, entry.files)
 
 
 def unnamed_folders(plan: IndexPlan, entries: Sequence[PartitionEntry]) -> list[str]:
@@ -388,30 +407,57 @@ def search_held_out(
         return exact_and_found(partition, queries.vectors, ranks)
 
 
-def open_partition(root: str, entry: PartitionEntry) -> Partition:
-    """Opens a partition, its index ready to search. Raises as ``_local_files``."""
-    with _local_files(root, entry) as local:
+def open_partition(root: str, entry: PartitionEntry, trust_files: bool = False) -> Partition:
+    """Opens a partition, its index ready to search.
+
+    trust_files: whether files on a disk are opened without comparing them with their SHA-256.
+    Raises DamagedError for files that are missing or damaged, and so does the search, for
+    vectors that are not of unit length.
+    """
+    with _local_files(root, entry, None, trust_files) as local:
         partition = partitions.open_partition(local, entry.index)
         _check_count(root, entry, partition.members)
-        return partition
+    return replace(partition, search=_naming(partition.search, storage.join(root, entry.folder)))
+
+
+def _naming(search: TopK, folder: str) -> TopK:
+    """The search, whose errors name the partition."""
+
+    def named(queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        try:
+            return search(queries, k)
+        except DamagedError as error:
+            raise DamagedError(
+                f"partition {folder}: {error}. Compare the memory with its digests: visual-memory "
+                "inspect MEMORY --verify"
+            ) from error
+
+    return named
+
+
+_verified: set[tuple[str, str, str]] = set()  # of this process: path, stamp, SHA-256
 
 
 @contextlib.contextmanager
 def _local_files(
-    root: str, entry: PartitionEntry, names: Sequence[str] | None = None
+    root: str,
+    entry: PartitionEntry,
+    names: Sequence[str] | None = None,
+    trust_files: bool = False,
 ) -> Iterator[str]:
     """A local folder with a partition's files, or those named, to be opened inside the block.
 
-    Raises VisualMemoryError for files that are missing or damaged. A download is compared
-    with the checksums; on a disk, where that would take longer than to open the files, they
-    are compared if the block fails.
+    Raises DamagedError for files that are missing or damaged. A download is always compared
+    with the checksums, a file on a disk once by each process.
     """
-    folder = storage.join(root, entry.folder)
+    folder = storage.inside(root, entry.folder)
     files = {name: entry.files[name] for name in names or entry.files}
     try:
         with storage.local_copy(folder, list(files)) as local:
             if not storage.is_local(folder):
                 _check_files(folder, storage.damaged(local, files))
+            elif not trust_files:
+                _verify_once(folder, files)
             yield local
     except Exception as error:  # whatever Arrow, NumPy or ScaNN make of it
         if not isinstance(error, VisualMemoryError) or isinstance(error, FileNotFoundError):
@@ -419,11 +465,21 @@ def _local_files(
         raise
 
 
+def _verify_once(folder: str, files: Mapping[str, str]) -> None:
+    def key(name: str) -> tuple[str, str, str]:
+        path = storage.join(folder, name)
+        return path, storage.stamp(path), files[name]
+
+    fresh = {name: digest for name, digest in files.items() if key(name) not in _verified}
+    _check_files(folder, storage.damaged(folder, fresh))
+    _verified.update(map(key, fresh))
+
+
 def _check_files(folder: str, damaged: Mapping[str, str], cause: Exception | None = None) -> None:
     if damaged:
         said = "; ".join(f"{name} {what}" for name, what in damaged.items())
         said += f" ({type(cause).__name__}: {str(cause).partition(chr(10))[0]})" if cause else ""
-        raise VisualMemoryError(
+        raise DamagedError(
             f"partition {folder}: {said}. Restore its files, or remove the folder and start the "
             "build again"
         ) from cause
@@ -441,8 +497,20 @@ def _check_count(root: str, entry: PartitionEntry, members: Members) -> None:
 # Rows on their way to a partition ----------------------------------------------------
 
 
+def _read_shard(plan: IndexPlan, shard: int) -> EmbeddingBlock:
+    """The rows of a shard, as many as its marker says."""
+    path = plan.path(plan.shards[shard].path)
+    block = read_shard(path)
+    if len(block) != plan.shards[shard].rows:
+        raise DamagedError(
+            f"{path} has {len(block):,} rows where its marker says {plan.shards[shard].rows:,}: it "
+            "was cut off or replaced. Start the same command again: the shard is made anew"
+        )
+    return block
+
+
 def _read_members(plan: IndexPlan, shard: int) -> Members:
-    block = read_shard(plan.path(plan.shards[shard].path))
+    block = _read_shard(plan, shard)
     first = plan.first_row(shard)
     return Members(
         np.arange(first, first + len(block)),

@@ -163,12 +163,12 @@ def plan_scores(memory: Memory, config: LeaveOneOutConfig) -> LeaveOneOutPlan:
     return LeaveOneOutPlan(config, memory, probes, fingerprint)
 
 
-def _is_done(path: str) -> bool:
-    """Whether an earlier run has done a partition; counts it."""
-    done = batch_files.is_complete(path)
+def _is_done(*paths: str) -> bool:
+    """Whether an earlier run has written all files of a partition's step; counts it."""
+    done = all(map(batch_files.is_complete, paths))
     measure.count_reuse("partitions", done)
     if done:
-        _log.info("found it done by an earlier run: %s", path)
+        _log.info("found it done by an earlier run: %s", paths[0])
     return done
 
 
@@ -181,7 +181,7 @@ def search_home(plan: LeaveOneOutPlan, number: int) -> list[int]:
     Returns the numbers of the other partitions that they visit. Each visitor brings
     the distance of the last neighbour it has at home: what is farther is not written down.
     """
-    if _is_done(plan.work("visits", number)):
+    if _is_done(*(plan.work(name, number) for name in ("visits", "home", "names-home"))):
         return BatchFile(plan.work("visits", number)).keys
     with measure.timed("open_ms"):
         partition = plan.memory.open_partition(number)
@@ -242,7 +242,7 @@ def search_home(plan: LeaveOneOutPlan, number: int) -> list[int]:
 
 def search_visitors(plan: LeaveOneOutPlan, number: int, sources: Iterable[int]) -> int:
     """Finds the neighbours that items of other partitions have in this one."""
-    if _is_done(plan.work("found", number)):
+    if _is_done(plan.work("found", number), plan.work("names-found", number)):
         return number
     with measure.timed("open_ms"):
         partition = plan.memory.open_partition(number)
@@ -333,7 +333,7 @@ def score_partition(plan: LeaveOneOutPlan, number: int, others: Iterable[int]) -
 
     others: the partitions that they visited.
     """
-    if _is_done(plan.work("sums", number)):
+    if _is_done(plan.work("sums", number), plan.work("pairs", number)):
         return number
     config = plan.config
     population = int(plan.first_rows[-1]) - _removed(plan)

@@ -17,34 +17,51 @@ work/FINGERPRINT/            checkpoints of an unfinished build
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
+import re
 from collections.abc import Iterable, Sequence
 from functools import cached_property, lru_cache
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
-from pydantic import BaseModel, SerializeAsAny, field_validator
+from pydantic import (
+    BaseModel,
+    NonNegativeInt,
+    PositiveInt,
+    SerializeAsAny,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
-from vm_core import encoders, indexing, partitions, storage, weights
+from vm_core import encoders, indexing, partitions, sealed, storage, weights
 from vm_core.classes import ClassTable
 from vm_core.encoders import Encoder
-from vm_core.errors import VisualMemoryError
+from vm_core.errors import DamagedError, VisualMemoryError
 from vm_core.indexing import PartitionEntry
 from vm_core.partitions import Partition
 from vm_core.recall import Recall
 from vm_core.records import shard_of
+from vm_core.relative_paths import Files, RelativeName, RelativePath
 from vm_core.search import PartitionCache, Router, Searcher
+from vm_core.tables import parse_table, read_some
+from vm_core.untrusted import parse_json
 from vm_core.weights import WeightsEntry
 
-FORMAT = 3
+FORMAT = 4
+
+THUMBNAILS_SCHEMA = pa.schema([("id", pa.string()), ("jpeg", pa.binary())])
 
 _POINTER = "CURRENT"
+_REMEDY = "Restore it from a copy, or build the memory again"
 
 _log = logging.getLogger(__name__)
+
+
+def _check_named(files: Files, *names: str | None) -> None:
+    if missing := {name for name in names if name is not None} - files.keys():
+        raise ValueError(f"there is no SHA-256 of {sorted(missing)}")
 
 
 class ShardEntry(BaseModel):
@@ -54,19 +71,24 @@ class ShardEntry(BaseModel):
     since there may be tens of thousands of both shards and classes.
     """
 
-    embeddings: str
-    files: dict[str, str]
-    thumbnails: str | None
-    quarantine: str
-    bytes: int
-    dimension: int
-    read: int
-    embedded: int
-    quarantined: int
-    duplicates: int
+    embeddings: RelativePath
+    files: Files
+    thumbnails: RelativePath | None
+    quarantine: RelativePath
+    bytes: NonNegativeInt
+    dimension: NonNegativeInt
+    read: NonNegativeInt
+    embedded: NonNegativeInt
+    quarantined: NonNegativeInt
+    duplicates: NonNegativeInt
     class_counts: str
-    source_counts: dict[str, int]
-    reasons: dict[str, int]
+    source_counts: dict[str, NonNegativeInt]
+    reasons: dict[str, NonNegativeInt]
+
+    @model_validator(mode="after")
+    def _check(self) -> ShardEntry:
+        _check_named(self.files, self.embeddings, self.thumbnails)
+        return self
 
 
 class Manifest(BaseModel):
@@ -82,22 +104,27 @@ class Manifest(BaseModel):
     version: str
     created: str
     content_digest: str
-    build: str
+    build: RelativeName
     encoder: SerializeAsAny[Encoder]
     encoder_fingerprint: str
-    dimension: int
-    dtype: str
-    classes: str
-    class_counts: dict[int, int]
+    dimension: NonNegativeInt
+    dtype: Literal["float32", "float16", "bfloat16"]
+    classes: RelativePath
+    class_counts: dict[NonNegativeInt, NonNegativeInt]
     shards: list[ShardEntry]
-    centroids: str | None
-    probes: int
+    centroids: RelativePath | None
+    probes: PositiveInt
     partitions: list[PartitionEntry]
     recall: Recall | None
-    new_classes: list[int]
+    new_classes: list[NonNegativeInt]
     weights: WeightsEntry | None = None
-    files: dict[str, str]
+    files: Files
     config: dict[str, Any]
+
+    @model_validator(mode="after")
+    def _check(self) -> Manifest:
+        _check_named(self.files, self.classes, self.centroids)
+        return self
 
     @field_validator("encoder", mode="before")
     @classmethod
@@ -107,6 +134,14 @@ class Manifest(BaseModel):
     def total(self, count: str) -> int:
         """A count (read, embedded, quarantined, duplicates, bytes) over all shards."""
         return sum(getattr(shard, count) for shard in self.shards)
+
+    def partition_files(self) -> dict[str, str]:
+        """The SHA-256 of the partitions' files, by their path below the memory."""
+        return {
+            f"{entry.folder}/{name}": digest
+            for entry in self.partitions
+            for name, digest in entry.files.items()
+        }
 
     def source_counts(self) -> dict[str, int]:
         return _add(shard.source_counts for shard in self.shards)
@@ -118,9 +153,16 @@ class Manifest(BaseModel):
 class Memory:
     """An opened version of a memory; the current one unless another is named."""
 
-    def __init__(self, root: str, version: str | None = None):
+    def __init__(self, root: str, version: str | None = None, trust_files: bool = False):
+        """Opens a version, the current one if it is None.
+
+        trust_files: whether the files of a partition are opened without comparing them with
+        their SHA-256, which takes a second for a few gigabytes. Each process does that once
+        for each partition.
+        """
         self.root = storage.absolute(root)
-        name = version or current_version(self.root)
+        self.trust_files = trust_files
+        name = _checked_name(version) if version else current_version(self.root)
         if name is None:
             cause = "has no file CURRENT" if storage.exists(self.root) else "does not exist"
             raise VisualMemoryError(
@@ -138,6 +180,7 @@ class Memory:
         """The memory as another manifest of the same build describes it."""
         other = object.__new__(Memory)
         other.root, other._file, other.manifest = self.root, self._file, manifest
+        other.trust_files = self.trust_files
         return other
 
     def __getstate__(self) -> dict[str, Any]:
@@ -145,7 +188,13 @@ class Memory:
         # lists of files stay behind, and workers read them where they are.
         bare = self.manifest.model_copy(update={"shards": [], "partitions": []})
         stamp = storage.stamp(self._file)
-        return {"root": self.root, "_file": self._file, "manifest": bare, "_stamp": stamp}
+        return {
+            "root": self.root,
+            "trust_files": self.trust_files,
+            "_file": self._file,
+            "manifest": bare,
+            "_stamp": stamp,
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         lists = _manifest_of_worker(state["_file"], state.pop("_stamp"))
@@ -154,10 +203,16 @@ class Memory:
 
     @cached_property
     def classes(self) -> ClassTable:
-        return ClassTable.read(self.path(self.manifest.classes))
+        path = self.manifest.classes
+        return ClassTable.parse(self.path(path), self._read(path, self.manifest.files[path]))
 
     def path(self, relative: str) -> str:
-        return storage.join(self.root, relative)
+        """The path of a file of the memory. Raises VisualMemoryError if it leads outside."""
+        return storage.inside(self.root, relative)
+
+    def _read(self, relative: str, sha256: str) -> bytes:
+        """A file of the memory. Raises DamagedError if it is not as it was written."""
+        return storage.read_verified(self.path(relative), sha256, _REMEDY)
 
     def files(self) -> dict[str, str]:
         """The SHA-256 of the files that are this version, by their path below the memory."""
@@ -166,9 +221,7 @@ class Memory:
             files |= self.manifest.weights.files
         for shard in self.manifest.shards:
             files |= shard.files
-        for entry in self.manifest.partitions:
-            files |= {f"{entry.folder}/{name}": digest for name, digest in entry.files.items()}
-        return files
+        return files | self.manifest.partition_files()
 
     def check_files(self) -> int:
         """Reads every file of this version and returns their number.
@@ -195,18 +248,20 @@ class Memory:
     def rows(self, number: int) -> pa.Table:
         """The rows of one partition, of partitions.ROWS_SCHEMA. Raises if they are damaged."""
         entry = self.manifest.partitions[number]
-        path = storage.join(self.root, entry.folder, partitions.ROWS)
-        data = storage.read_if_exists(path) or b""
-        if hashlib.sha256(data).hexdigest() != entry.files[partitions.ROWS]:
-            raise VisualMemoryError(
-                f"{path} is missing or damaged: it is not what the manifest says. Restore it, or "
-                "build the memory again"
-            )
-        return partitions.read_rows(pa.BufferReader(data))
+        name = f"{entry.folder}/{partitions.ROWS}"
+        data = self._read(name, entry.files[partitions.ROWS])
+        return parse_table(self.path(name), data, _REMEDY, partitions.ROWS_SCHEMA).combine_chunks()
 
     def open_partition(self, number: int) -> Partition:
-        """Loads one partition of the index, ready to search."""
-        partition = indexing.open_partition(self.root, self.manifest.partitions[number])
+        """Loads one partition of the index, ready to search. Raises DamagedError."""
+        entry = self.manifest.partitions[number]
+        partition = indexing.open_partition(self.root, entry, self.trust_files)
+        vectors = partition.members.vectors
+        if entry.count and vectors.shape[1] != self.manifest.dimension:
+            raise DamagedError(
+                f"the vectors of {self.path(entry.folder)} have {vectors.shape[1]} dimensions, the "
+                f"memory {self.manifest.dimension}. {_REMEDY}"
+            )
         if self.manifest.weights is None:
             return partition
         return weights.apply(partition, weights.read(self.root, self.manifest.weights, number))
@@ -221,8 +276,13 @@ class Memory:
     def router(self, probes: int | None = None) -> Router:
         """What sends queries to partitions; to the manifest's number of cells if None."""
         path = self.manifest.centroids
-        centroids = None if path is None else indexing.read_centroids(self.path(path))
         cells = tuple(entry.cell for entry in self.manifest.partitions)
+        centroids = None
+        if path is not None:
+            data = self._read(path, self.manifest.files[path])
+            centroids = indexing.parse_centroids(self.path(path), data)
+        if max(cells, default=0) >= (1 if centroids is None else len(centroids)):
+            raise DamagedError(f"{self._file} has partitions of unknown cells. {_REMEDY}")
         return Router(centroids, cells, probes or self.manifest.probes)
 
     def partition_cache(self) -> PartitionCache:
@@ -262,24 +322,34 @@ class Memory:
         for shard, members in wanted.items():
             name = shards[shard].thumbnails
             if name is not None:
-                found.update(read_thumbnails(self.path(name), members))
+                table = read_some(self.path(name), members, _REMEDY, THUMBNAILS_SCHEMA)
+                found |= dict(zip(table["id"].to_pylist(), table["jpeg"].to_pylist(), strict=True))
         return found
 
 
 def _parse_manifest(path: str, data: bytes) -> Manifest:
     try:
-        settings = dict(json.loads(data))
+        settings = parse_json(data)
+        if not isinstance(settings, dict):
+            raise ValueError("it is not a JSON object")
         if settings.get("format") != FORMAT:
             raise VisualMemoryError(
                 f"{path} has format {settings.get('format')!r}, this program reads {FORMAT}. "
                 "Build the memory again, in another folder, or use the release that wrote it"
             )
-        return Manifest.model_validate(settings)
-    except (ValueError, TypeError) as error:
-        reason = str(error).partition("\n")[0]
-        raise VisualMemoryError(
-            f"{path} is damaged: {reason}. Restore it, or build the memory again"
-        ) from error
+        return Manifest.model_validate(sealed.verify(data))
+    except (ValueError, TypeError, RecursionError) as error:
+        reason = first_error(error)
+        raise DamagedError(f"{path} is damaged: {reason}. {_REMEDY}") from error
+
+
+def first_error(error: Exception) -> str:
+    """The cause in one line; of pydantic's errors the field and what is wrong with it."""
+    if isinstance(error, ValidationError):
+        problem = error.errors(include_url=False)[0]
+        place = ".".join(str(part) for part in problem["loc"])
+        return f"{place}: {problem['msg'].removeprefix('Value error, ')}"
+    return str(error).partition("\n")[0]
 
 
 @lru_cache(maxsize=1)
@@ -288,17 +358,10 @@ def _manifest_of_worker(path: str, stamp: str) -> Manifest:
     return _parse_manifest(path, storage.read_bytes(path))
 
 
-def read_thumbnails(path: str, ids: Sequence[str]) -> dict[str, bytes]:
-    """The thumbnails of some ids from one side table."""
-    with storage.open_read(path) as file:
-        table = pq.read_table(file, filters=[("id", "in", list(ids))])
-    return dict(zip(table["id"].to_pylist(), table["jpeg"].to_pylist(), strict=True))
-
-
 def current_version(root: str) -> str | None:
     """The name of the current version, or None where no memory was published."""
     pointer = storage.read_if_exists(storage.join(root, _POINTER))
-    return None if pointer is None else _name(pointer)
+    return None if pointer is None else _name(root, pointer)
 
 
 def publish(root: str, manifest: Manifest, base: str | None = None) -> Manifest:
@@ -315,7 +378,7 @@ def publish(root: str, manifest: Manifest, base: str | None = None) -> Manifest:
     claimed: Manifest | None = None
     while True:
         pointer = storage.read_if_exists(storage.join(root, _POINTER))
-        current = None if pointer is None else _name(pointer)
+        current = None if pointer is None else _name(root, pointer)
         if current is not None:
             published = Memory(root, current).manifest
             if _identity(published) == _identity(manifest):
@@ -333,7 +396,8 @@ def publish(root: str, manifest: Manifest, base: str | None = None) -> Manifest:
                 *(current, root, claimed.version),
             )
             return claimed
-        if storage.swap(storage.join(root, _POINTER), pointer, f"{claimed.version}\n".encode()):
+        named = sealed.seal(f"{claimed.version}\n".encode())
+        if storage.swap(storage.join(root, _POINTER), pointer, named):
             _log.info("published version %s of %s", claimed.version, root)
             return claimed
 
@@ -352,12 +416,25 @@ def _claim(root: str, manifest: Manifest) -> Manifest:
         number += 1
         named = manifest.model_copy(update={"version": f"{number:06d}"})
         path = storage.join(root, "versions", f"{named.version}.json")
-        if storage.swap(path, None, named.model_dump_json(indent=1).encode()):
+        if storage.swap(path, None, sealed.sign(named.model_dump(mode="json"))):
             return named
 
 
-def _name(pointer: bytes) -> str:
-    return pointer.decode().strip()
+def _name(root: str, pointer: bytes) -> str:
+    """The version that a pointer names. It has the digest of the name as well."""
+    data = sealed.unseal(pointer)
+    if data is None:
+        raise DamagedError(
+            f"{storage.join(root, _POINTER)} is damaged: it names no version. Name one with "
+            f"--version, or restore the file; the versions are in {storage.join(root, 'versions')}"
+        )
+    return data.decode().strip()
+
+
+def _checked_name(version: str) -> str:
+    if not re.fullmatch("[0-9]{1,12}", version):
+        raise VisualMemoryError(f"version {version!r} is not a number such as 000001")
+    return f"{int(version):06d}"
 
 
 def remove_unnamed(root: str, folders: Sequence[str]) -> None:
@@ -382,7 +459,8 @@ def _version_numbers(root: str) -> list[int]:
     except FileNotFoundError:
         files = []
     names = [file.path.rpartition("/")[2] for file in files]
-    return [int(name.removesuffix(".json")) for name in names if name.endswith(".json")]
+    found = [re.fullmatch(r"([0-9]{1,12})\.json", name) for name in names]
+    return [int(match[1]) for match in found if match]
 
 
 def _add(counts: Iterable[dict[Any, int]]) -> dict[Any, int]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import AfterValidator
+from pydantic import AfterValidator, Field
 
 
 def check_relative(path: str) -> str:
@@ -38,3 +38,9 @@ RelativePath = Annotated[str, AfterValidator(check_relative)]
 
 RelativeName = Annotated[str, AfterValidator(check_name)]
 """A field that holds the name of one file or folder."""
+
+Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+"""A field that holds a SHA-256 in hexadecimal digits."""
+
+Files = dict[RelativePath, Sha256]
+"""A field that holds files below the memory with the SHA-256 of each."""

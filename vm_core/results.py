@@ -5,13 +5,12 @@ from __future__ import annotations
 import csv
 import glob
 import io
-import json
 import logging
 from collections.abc import Iterable, Sequence
 from functools import cache
 from typing import Any
 
-from vm_core import storage
+from vm_core import sealed, storage
 from vm_core.evaluation import TABLES, EvaluationPlan, Outcome
 from vm_core.failures import check_failures
 from vm_core.gallery import KINDS
@@ -80,7 +79,7 @@ def write(plan: EvaluationPlan, outcome: Outcome) -> dict[str, Any]:
     page = render_evaluation(results, examples, plan.memory.classes, thumbnails)
     storage.write_bytes(plan.path("report.html"), page.encode())
     # Last, since it says that the results are complete.
-    storage.write_bytes(plan.path("metrics.json"), json.dumps(results, indent=1).encode())
+    storage.write_bytes(plan.path("metrics.json"), sealed.sign(results))
     if plan.checkpoints is None:
         storage.remove_directory(plan.embedding.checkpoints)
     _log.info("wrote the results of %d queries to %s", outcome.read, plan.output)
@@ -106,10 +105,11 @@ def remove_outdated(plan: EvaluationPlan) -> None:
 def finished(plan: EvaluationPlan) -> dict[str, Any] | None:
     """The results of an earlier run of the same evaluation, None if there are none."""
     data = storage.read_if_exists(plan.path("metrics.json"))
-    if data is None:
+    try:
+        results = sealed.verify(data or b"")
+    except ValueError:  # missing or damaged
         return None
-    results = json.loads(data)
-    return results if results.get("fingerprint") == plan.fingerprint else None
+    return results if results["fingerprint"] == plan.fingerprint else None
 
 
 def _accuracy_csv(results: dict[str, Any]) -> str:

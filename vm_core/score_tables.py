@@ -5,29 +5,27 @@ vm_core.leave_one_out tells of the whole.
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from vm_core import batch_files, item_scores, measure, storage
+from vm_core import batch_files, item_scores, measure, sealed, storage
 from vm_core.batch_files import BatchFile, Columns
-from vm_core.errors import VisualMemoryError
+from vm_core.errors import DamagedError, VisualMemoryError
 from vm_core.item_scores import FIXED_POINT
 from vm_core.leave_one_out import LeaveOneOutPlan
 from vm_core.memory import Memory
 from vm_core.progress import report
 from vm_core.records import EmbeddingBlock, strings
 from vm_core.shards import read_shard
-from vm_core.tables import write_table
+from vm_core.tables import read_table, write_table
 from vm_core.terminal import grid
 
 WORST = 10
@@ -76,7 +74,8 @@ def _names(plan: LeaveOneOutPlan, rows: np.ndarray) -> dict[int, str]:
 def write_scores(plan: LeaveOneOutPlan, bundle: int) -> int:
     """Writes the scores of the items of some shards, from what all partitions say of them."""
     marker = plan.work("written", bundle) + ".json"
-    is_done = storage.is_file(marker)
+    done = sealed.read_json(marker)
+    is_done = done is not None and not storage.damaged(plan.path(""), done["files"])
     measure.count_reuse("bundles", is_done)
     if is_done:
         return bundle
@@ -94,6 +93,7 @@ def write_scores(plan: LeaveOneOutPlan, bundle: int) -> int:
     for batch in BatchFile(plan.work("groups")).read(bundle):
         group[batch["row"] - start] = batch["id"]
     worst: list[dict[str, Any]] = []
+    files: dict[str, str] = {}
     for shard in shards:
         embeddings = plan.memory.path(plan.memory.manifest.shards[shard].embeddings)
         block = read_shard(embeddings)
@@ -101,11 +101,11 @@ def write_scores(plan: LeaveOneOutPlan, bundle: int) -> int:
         columns = dict(zip(names, totals[here].T, strict=True))
         rows = np.arange(plan.first_rows[shard], plan.first_rows[shard + 1])
         table = _table(plan, rows, block, columns, group[here], queries)
-        write_table(plan.items(shard), table)
+        files[plan.items(shard).rpartition("/")[2]] = write_table(plan.items(shard), table)
         worst = _worst(worst + table.take(_lowest(table, WORST)).to_pylist())
         report("write", 1)
         measure.count("done_rows", len(block))
-    storage.write_bytes(marker, json.dumps({"worst": worst}).encode())
+    sealed.write_json(marker, {"worst": worst, "files": files})
     return bundle
 
 
@@ -149,6 +149,7 @@ def finish(plan: LeaveOneOutPlan) -> dict[str, Any]:
     """
     done = finished_scores(plan)
     if done is not None:
+        storage.remove_directory(plan.work(""))
         return done
     config = plan.config
     facts = [BatchFile(plan.work("sums", n)).facts for n in range(plan.partitions)]
@@ -156,9 +157,11 @@ def finish(plan: LeaveOneOutPlan) -> dict[str, Any]:
     correct = np.sum([fact["correct"] for fact in facts], axis=0)
     found = np.sum([fact["found"] for fact in facts], axis=0)
     worst: list[dict[str, Any]] = []
+    files: dict[str, str] = {}
     for bundle in range(plan.bundles):
-        marker = storage.read_bytes(plan.work("written", bundle) + ".json")
-        worst = _worst(worst + json.loads(marker)["worst"])
+        written = sealed.require_json(plan.work("written", bundle) + ".json")
+        worst = _worst(worst + written["worst"])
+        files |= written["files"]
     for item in worst:
         item["class"] = plan.memory.classes.name(item["label"])
     results = {
@@ -176,21 +179,30 @@ def finish(plan: LeaveOneOutPlan) -> dict[str, Any]:
         ],
         "duplicates": BatchFile(plan.work("groups")).facts,
         "worst": worst,
+        "files": files,
     }
     storage.remove_leftovers(plan.path(""))
-    storage.write_bytes(plan.path("scores.json"), json.dumps(results, indent=1).encode())
+    storage.write_bytes(plan.path("scores.json"), sealed.sign(results))
     storage.remove_directory(plan.work(""))
     _log.info("wrote the scores of %d items to %s", results["items"], plan.path(""))
     return results
 
 
 def finished_scores(plan: LeaveOneOutPlan) -> dict[str, Any] | None:
-    """What ``finish`` returned, where these very scores are made already."""
-    results = storage.read_if_exists(plan.path("scores.json"))
-    if results is None:
+    """What ``finish`` returned, where these very scores are made already and undamaged."""
+    results = _read_results(plan.path("scores.json"))
+    if results is None or storage.damaged(plan.path(""), results["files"]):
         return None
-    storage.remove_directory(plan.work(""))  # a run may have been stopped right before
-    return dict(json.loads(results))
+    return results
+
+
+def _read_results(path: str) -> dict[str, Any] | None:
+    """What scores.json holds, None if it is missing or damaged."""
+    data = storage.read_if_exists(path)
+    try:
+        return None if data is None else sealed.verify(data)
+    except ValueError:
+        return None
 
 
 def read_scores(memory: Memory, fingerprint: str) -> Iterator[pa.Table]:
@@ -200,23 +212,26 @@ def read_scores(memory: Memory, fingerprint: str) -> Iterator[pa.Table]:
     label, wrong_at_K and correct_at_K for each K of the settings,
     reliability (null where the item is nobody's neighbour), shapley, duplicate_group (the
     first item's id, null where there is none). fingerprint: or the folder of the scores.
+    Raises DamagedError for a table that is not as it was written.
     """
     folder = fingerprint if "/" in fingerprint else f"scores/{fingerprint}"
-    if not storage.is_file(memory.path(f"{folder}/scores.json")):
+    results = _read_results(storage.join(memory.path(folder), "scores.json"))
+    remedy = f"Make the scores with visual-memory score --memory {memory.root}"
+    if results is None:
         raise VisualMemoryError(
-            f"{memory.path(folder)} has no complete scores: there is no scores.json in it. Make "
-            f"them with visual-memory score --memory {memory.root}"
+            f"{memory.path(folder)} has no complete scores: its scores.json is missing or damaged. "
+            f"{remedy}"
         )
     shards = len(memory.manifest.shards)
     for shard in range(shards):
-        path = memory.path(f"{folder}/items-{shard:05d}-of-{shards:05d}.parquet")
-        with storage.open_read(path) as file:
-            table = pq.read_table(file)
+        name = f"items-{shard:05d}-of-{shards:05d}.parquet"
+        path = memory.path(f"{folder}/{name}")
+        table = read_table(path, results["files"].get(name, ""), remedy)
         rows = memory.manifest.shards[shard].embedded
         if len(table) != rows:
-            raise VisualMemoryError(
+            raise DamagedError(
                 f"{path} has {len(table):,} items, and its shard {rows:,}: it is damaged, or of "
-                f"another memory. Remove {memory.path(folder)} and make the scores again"
+                f"another memory. {remedy}"
             )
         yield table
 

@@ -25,11 +25,10 @@ in one copy. A record of another layout is parsed by protobuf, one at a time.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from functools import lru_cache
 from itertools import pairwise
-from typing import IO, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -83,7 +82,7 @@ def write_shard(path: str, block: EmbeddingBlock, fingerprint: str, dtype: str) 
         )
     vectors = np.ascontiguousarray(block.vectors).astype(DTYPES[dtype], copy=False)
     with storage.write_atomic(path) as file:
-        hashing = _HashingWriter(file)
+        hashing = storage.HashingWriter(file)
         records = _encode(block, vectors, fingerprint, dtype)
         count = write_records(hashing, records)  # type: ignore[arg-type]
     return ShardSummary(count, hashing.bytes, hashing.sha256.hexdigest(), vectors.shape[1])
@@ -117,20 +116,6 @@ def read_blocks(
 
 
 # Writing ----------------------------------------------------------------------------
-
-
-class _HashingWriter:
-    """Passes bytes on to a file, counting and hashing them."""
-
-    def __init__(self, file: IO[bytes]):
-        self._file = file
-        self.bytes = 0
-        self.sha256 = hashlib.sha256()
-
-    def write(self, data: bytes) -> int:
-        self.bytes += len(data)
-        self.sha256.update(data)
-        return self._file.write(data)
 
 
 def _check_block(path: str, block: EmbeddingBlock) -> None:

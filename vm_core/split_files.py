@@ -10,7 +10,8 @@ import json
 from collections.abc import Iterable
 from typing import Any
 
-from vm_core import storage
+from vm_core import sealed, storage
+from vm_core.errors import DamagedError
 from vm_core.sources import Split, in_groups
 
 SPLITS_PER_FILE = 256
@@ -21,14 +22,17 @@ def write(folder: str, splits: Iterable[tuple[int, Split]]) -> list[str]:
     paths = []
     for number, group in enumerate(in_groups(splits, SPLITS_PER_FILE)):
         path = storage.join(folder, f"splits-{number:05d}.json")
-        storage.write_bytes(path, json.dumps(group, default=_from_bytes).encode())
+        sealed.write(path, json.dumps(group, default=_from_bytes).encode())
         paths.append(path)
     return paths
 
 
 def read(path: str) -> list[tuple[int, Split]]:
-    """The splits of one file, equal to those that were written."""
-    found = json.loads(storage.read_bytes(path), object_hook=_to_bytes)
+    """The splits of one file, equal to those that were written. Raises DamagedError."""
+    data = sealed.read(path)
+    if data is None:
+        raise DamagedError(f"{path} is missing or damaged. Start the same command again")
+    found = json.loads(data, object_hook=_to_bytes)
     return [
         (source, Split(_as_tuples(items), version, images))
         for source, (items, version, images) in found

@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import io
 import os
 import posixpath
 import re
@@ -24,9 +25,9 @@ import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
-from typing import IO
+from typing import IO, Any
 
-from vm_core.errors import StorageError, VisualMemoryError
+from vm_core.errors import DamagedError, StorageError, VisualMemoryError
 from vm_core.relative_paths import check_relative
 from vm_core.stores import INCOMPLETE, FileInfo, Store, explained
 from vm_core.stores.local import LocalStore, remove_temporaries
@@ -137,6 +138,17 @@ def read_bytes(path: str, limit: int | None = None) -> bytes:
             text = f"cannot read {path!r}: it has more than {limit:,} bytes"
             raise StorageError(errno.EFBIG, text, path)
         return data
+
+
+def read_verified(path: str, sha256: str, remedy: str) -> bytes:
+    """The content of a file. Raises DamagedError, with the remedy, if it is not as it was."""
+    try:
+        data = read_bytes(path)
+    except FileNotFoundError:
+        raise DamagedError(f"{path} is missing. {remedy}") from None
+    if hashlib.sha256(data).hexdigest() != sha256:
+        raise DamagedError(f"{path} is damaged: it is not what was written. {remedy}")
+    return data
 
 
 def read_if_exists(path: str) -> bytes | None:
@@ -306,6 +318,23 @@ def remove_leftovers(folder: str, seconds: float = 0.0) -> None:
             shutil.rmtree(left.path, ignore_errors=True)
         else:
             remove_file(left.path)
+
+
+class HashingWriter(io.RawIOBase):
+    """Passes bytes on to a file, counting and hashing them."""
+
+    def __init__(self, file: IO[bytes]):
+        self._file = file
+        self.bytes = 0
+        self.sha256 = hashlib.sha256()
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        self.bytes += memoryview(data).nbytes
+        self.sha256.update(data)
+        return self._file.write(data)
 
 
 def sha256_file(path: str) -> str:

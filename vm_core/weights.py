@@ -8,27 +8,29 @@ A table names the rows of its partition whose weight is not 1, in the order of i
 
 from __future__ import annotations
 
-import hashlib
 import math
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
-from pydantic import BaseModel
+from pydantic import BaseModel, NonNegativeInt
 
 from vm_core import storage
 from vm_core.errors import VisualMemoryError
 from vm_core.exact import top_k
 from vm_core.index import TopK
 from vm_core.partitions import Partition
+from vm_core.relative_paths import Files, RelativePath
+from vm_core.tables import read_table
 
 _FEW = 1 / 8
 """The share of a partition's rows that is searched by itself, without the index."""
 
 _FOUND = 2**22
 """Neighbours that are asked for at a time: 50 MB of rows and distances."""
+
+_REMEDY = "Restore it, or take the weights back with visual-memory prune --undo"
 
 WEIGHTS_SCHEMA = pa.schema([("id", pa.string()), ("weight", pa.float32())])
 
@@ -42,11 +44,11 @@ class WeightsEntry(BaseModel):
     without weights that this one is made from, and its content digest.
     """
 
-    folder: str
-    files: dict[str, str]
+    folder: RelativePath
+    files: Files
     settings: dict[str, Any]
-    removed: int
-    weighted: int
+    removed: NonNegativeInt
+    weighted: NonNegativeInt
     base_version: str
     base_digest: str
 
@@ -60,16 +62,10 @@ def file_name(folder: str, partition: int) -> str:
 
 
 def read(root: str, entry: WeightsEntry, partition: int) -> pa.Table:
-    """Reads the table of one partition. Raises VisualMemoryError if it is damaged."""
+    """Reads the table of one partition. Raises DamagedError."""
     name = entry.file(partition)
-    path = storage.join(root, name)
-    data = storage.read_if_exists(path) or b""
-    if hashlib.sha256(data).hexdigest() != entry.files.get(name):
-        raise VisualMemoryError(
-            f"the weights in {path} are missing or damaged: they are not what the manifest says. "
-            "Restore the file, or take the weights back with visual-memory prune --undo"
-        )
-    return pq.read_table(pa.BufferReader(data), schema=WEIGHTS_SCHEMA)
+    path = storage.inside(root, name)
+    return read_table(path, entry.files.get(name, ""), _REMEDY, WEIGHTS_SCHEMA)
 
 
 def removed_ids(root: str, entry: WeightsEntry, partitions: int) -> pa.ChunkedArray:

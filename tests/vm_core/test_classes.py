@@ -72,7 +72,7 @@ def test_parquet_round_trip(tmp_path_factory, keys):
     table = ClassTable.from_keys([keys], {key: key * 2 for key in keys})
     path = tmp_path_factory.mktemp("classes") / "classes.parquet"
     path.write_bytes(table.to_parquet())
-    assert ClassTable.read(str(path)) == table
+    assert ClassTable.parse(str(path), path.read_bytes()) == table
 
 
 def test_class_list(tmp_path):

@@ -1,7 +1,6 @@
 """Scores of whole memories against brute force, however they are divided and interrupted."""
 
 import io
-import json
 import os
 from collections import defaultdict
 from dataclasses import dataclass, field
@@ -15,7 +14,7 @@ import pyarrow as pa
 import pytest
 from rich.console import Console
 
-from vm_core import batch_files, leave_one_out, partitions, plugins, score_tables, storage
+from vm_core import batch_files, leave_one_out, partitions, plugins, score_tables, sealed, storage
 from vm_core.classes import ClassTable
 from vm_core.errors import VisualMemoryError
 from vm_core.exact import top_k
@@ -401,8 +400,9 @@ def test_finished_scores_are_found_and_a_forgotten_work_folder_removed(tmp_path)
     results = run(plan)
     storage.write_bytes(plan.work("home", 0) + ".arrow", b"")
     assert score_tables.finished_scores(plan) == results
+    assert score_tables.finish(plan) == results
     assert not storage.is_directory(memory.path(f"work/scores-{plan.fingerprint}"))
-    assert json.loads(storage.read_bytes(plan.path("scores.json"))) == results
+    assert sealed.verify(storage.read_bytes(plan.path("scores.json"))) == results
     other = plan_for(memory, shapley_k=5)
     assert score_tables.finished_scores(other) is None
 
@@ -434,7 +434,7 @@ def test_scores_that_are_not_complete_cannot_be_read(tmp_path):
     assert list(read_scores(memory, plan.folder)) == by_fingerprint
     # A row's number follows from where its item stands: none may be missing.
     write_table(plan.items(1), by_fingerprint[1].slice(1))
-    with pytest.raises(VisualMemoryError, match="00001-of-.* has 9 items, and its shard 10: .*Rem"):
+    with pytest.raises(VisualMemoryError, match="items-00001-of-.* is damaged: .*Make the scores"):
         list(read_scores(memory, plan.fingerprint))
 
 

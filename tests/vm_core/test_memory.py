@@ -69,7 +69,7 @@ def manifest(tmp_path):
             queries=9, at={1: 0.5, 10: 0.25}, worst_class=None, new_classes=None, by_probes={}
         ),
         new_classes=[],
-        files={},
+        files={"builds/b/classes.parquet": "c" * 64},
         config={"shards": 2},
     )
 
@@ -243,12 +243,22 @@ def test_another_format(root, manifest, format):
     path = f"{root}/versions/000001.json"
     settings = json.loads(storage.read_bytes(path)) | {"format": format}
     storage.write_bytes(path, json.dumps(settings).encode())
-    with pytest.raises(VisualMemoryError, match=rf"has format {format!r}, this program reads 3"):
+    with pytest.raises(VisualMemoryError, match=rf"has format {format!r}, this program reads 4"):
         Memory(root)
 
 
 @pytest.mark.parametrize(
-    "damage", [lambda data: data[: len(data) // 2], lambda data: b'{"format": 3}', lambda data: b""]
+    "damage",
+    [
+        lambda data: data[: len(data) // 2],
+        lambda data: b'{"format": 4}',
+        lambda data: b"",
+        lambda data: data.replace(b'"probes": 1', b'"probes": 2'),
+        lambda data: data.replace(b'"sha256"', b'"sha255"'),
+        lambda data: b"[" * 100_000,
+        lambda data: b"\xff\xfe",
+        lambda data: b"null",
+    ],
 )
 def test_a_damaged_manifest(root, manifest, damage):
     publish(root, manifest)

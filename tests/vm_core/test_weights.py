@@ -177,8 +177,8 @@ def test_files(tmp_path):
     )
     assert weights.read(str(tmp_path), entry, 3) == written
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(VisualMemoryError, match="missing or damaged: .*prune --undo"):
+    with pytest.raises(VisualMemoryError, match="is damaged: .*prune --undo"):
         weights.read(str(tmp_path), entry, 3)
     path.unlink()
-    with pytest.raises(VisualMemoryError, match="missing or damaged"):
+    with pytest.raises(VisualMemoryError, match="is missing"):
         weights.read(str(tmp_path), entry, 3)

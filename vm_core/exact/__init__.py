@@ -24,7 +24,7 @@ from typing import Generic, Literal, TypeVar
 import numpy as np
 from threadpoolctl import ThreadpoolController
 
-from vm_core.errors import VisualMemoryError
+from vm_core.errors import DamagedError, VisualMemoryError
 from vm_core.exact._highest import Highest, capacity, highest
 from vm_core.exact._products import (
     BFLOAT16,
@@ -40,6 +40,7 @@ Backend = Literal["auto", "numpy", "bfloat16", "tensorflow"]
 
 _QUERIES = 1024  # of a block: enough for a product at full speed
 _FEW_QUERIES = 64  # for one thread; with fewer the rows are shared out instead
+_LARGEST_PRODUCT = 1.01
 _KEPT = 2**22  # values that are kept for a block of queries
 _PAIRS = 2**17  # values compared at a time in float64: 1 MB, which stays in the cache
 _SMALL = 2**25  # multiplications that are not worth starting threads for
@@ -315,7 +316,20 @@ def _distances(queries: np.ndarray, vectors: np.ndarray, rows: np.ndarray) -> np
             # vecdot runs one dot product a pair, so a pair's result does not know its
             # neighbours.
             np.vecdot(wide[some], out, out=products[some, columns])
+    check_products(products)
     return np.maximum(1.0 - products, 0.0).astype(np.float32)
+
+
+def check_products(products: np.ndarray) -> None:
+    """Raises DamagedError for products that vectors of unit length cannot have, and NaN.
+
+    Stored lengths are within 0.1% and the rounding of bfloat16, 0.4%.
+    """
+    if products.size and not products.max() <= _LARGEST_PRODUCT:
+        raise DamagedError(
+            f"a product of {products.max():.4g} was found, and unit vectors have 1 at most: a "
+            "query or a row holds NaN or is not of unit length"
+        )
 
 
 def _nearest(rows: np.ndarray, distances: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:

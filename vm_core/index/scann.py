@@ -14,6 +14,7 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from vm_core.errors import VisualMemoryError
+from vm_core.exact import check_products
 from vm_core.index import Index, TopK
 from vm_core.index._tuning import Setting, tune
 from vm_core.index.exact import Plugin as Exact
@@ -204,6 +205,7 @@ def searching(scann: Any, vectors: np.ndarray, tuned: Tuned) -> TopK:
         valid = ~np.isnan(products)
         if not exact:
             products = _products(queries, vectors, neighbors)
+        check_products(products[valid])
         near = np.maximum(1.0 - products, 0.0, dtype=np.float32)
         which = neighbors.astype(np.int64)
         if not valid.all():
