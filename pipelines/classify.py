@@ -37,8 +37,9 @@ def command(arguments: Sequence[str]) -> None:
     parser.add_argument(
         "--explain", metavar="OUT.html", help="write a page that shows the pictures"
     )
+    commands.add_trust_files_option(parser)
     options = parser.parse_args(arguments)
-    memory = Memory(options.memory)
+    memory = Memory(options.memory, trust_files=bool(options.trust_files))
     answers, rejected = classify(memory, options.images, options.voter, options.k, options.encoder)
     console = Console(soft_wrap=True)
     for answer in answers:

@@ -35,6 +35,15 @@ def add_set_option(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_trust_files_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--trust-files",
+        action="store_const",
+        const=True,
+        help="opens partitions on a disk without comparing them with their SHA-256",
+    )
+
+
 def main(
     command: Callable[[Sequence[str]], int | None], arguments: Sequence[str] | None = None
 ) -> int:

@@ -28,9 +28,7 @@ class LazyEncoder:
         self._shared = Shared()
 
     def __call__(self) -> BatchedEncoder:
-        return self._shared.acquire(
-            lambda: BatchedEncoder(self._settings.load(), self._settings.batch_size)
-        )
+        return self._shared.acquire(lambda: BatchedEncoder.load(self._settings))
 
 
 class EmbedSplits(beam.DoFn):

@@ -221,6 +221,8 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--export-neighbors", metavar="FILE.json", help="also write the neighbours as JSON"
     )
+    parser.add_argument("--encoder", metavar="PATH", help="the encoder, if it has moved")
+    commands.add_trust_files_option(parser)
     commands.add_set_option(parser)
     return parser
 
@@ -236,6 +238,8 @@ def command(arguments: Sequence[str]) -> None:
         "leave_one_out": options.leave_one_out,
         "output": options.output or (None if options.config else "evaluation"),
         "k": options.k,
+        "encoder_path": options.encoder,
+        "trust_files": options.trust_files,
     }
     overrides = {key: value for key, value in given.items() if value not in (None, [])}
     configuration = config.load(EvaluationConfig, options.config, options.set, overrides)

@@ -29,9 +29,18 @@ def command(arguments: Sequence[str]) -> None:
     parser.add_argument(
         "--verify", action="store_true", help="read every file and compare it with its SHA-256"
     )
+    parser.add_argument(
+        "--trust-encoder",
+        action="store_true",
+        help="lets commands run the encoder that the memory names; an encoder is a program",
+    )
     options = parser.parse_args(arguments)
     memory = Memory(options.memory, options.version)
-    if options.verify:
+    if options.trust_encoder:
+        encoder = memory.manifest.encoder
+        memory.encoder(encoder.path)
+        print(f"{encoder.path} (fingerprint {encoder.fingerprint()}) is trusted")
+    elif options.verify:
         count, version = memory.check_files(), memory.manifest.version
         print(f"{count:,} files of version {version} are as they were written")
     elif options.json:

@@ -90,7 +90,9 @@ def run(
 
     memory: the opened memory, where it is not as the configuration would open it.
     """
-    memory = memory or Memory(configuration.memory, configuration.version)
+    memory = memory or Memory(
+        configuration.memory, configuration.version, configuration.trust_files
+    )
     plan = leave_one_out.plan_scores(memory, configuration)
     results = score_tables.finished_scores(plan)
     if results is None:
@@ -122,6 +124,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--k", type=int, nargs="+", help="count among so many neighbours (default 10 100)"
     )
+    commands.add_trust_files_option(parser)
     commands.add_set_option(parser)
     return parser
 
@@ -130,7 +133,7 @@ def command(arguments: Sequence[str]) -> None:
     """visual-memory score"""
     options, beam_arguments = parser().parse_known_args(arguments)
     running.check_beam_arguments(beam_arguments)
-    given = {"memory": options.memory, "ks": options.k}
+    given = {"memory": options.memory, "ks": options.k, "trust_files": options.trust_files}
     overrides = {key: value for key, value in given.items() if value is not None}
     configuration = config.load(LeaveOneOutConfig, options.config, options.set, overrides)
     Console().print(score_tables.of_scores(run(configuration, beam_arguments)))

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import textwrap
 import uuid
 from collections.abc import Callable, Iterator
@@ -23,6 +24,11 @@ hypothesis.settings.load_profile("seeded")
 
 # Before TensorFlow is first imported: no device logs among the test results.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+# Not the user's own: tests trust encoders that they make.
+os.environ["VISUAL_MEMORY_TRUSTED_ENCODERS"] = os.path.join(
+    tempfile.mkdtemp(prefix="visual-memory-tests-"), "trusted-encoders"
+)
 
 
 @pytest.fixture(scope="session")

@@ -32,7 +32,7 @@ from vm_core import (
 )
 from vm_core.classes import ClassTable, add_counts, pack_counts
 from vm_core.embedding import EmbedPlan, ImageSettings, gather
-from vm_core.encoders import Encoder
+from vm_core.encoders import Encoder, _trust
 from vm_core.errors import DamagedError, VisualMemoryError
 from vm_core.failures import check_failures, count_reasons, quarantine_table
 from vm_core.index import Index
@@ -41,7 +41,7 @@ from vm_core.memory import Manifest, ShardEntry
 from vm_core.partitioning import Partitioning
 from vm_core.progress import report
 from vm_core.recall import Hits, Recall
-from vm_core.records import Embedded
+from vm_core.records import Embedded, count_images
 from vm_core.shards import write_shard
 from vm_core.sources import Source, Split
 from vm_core.tables import write_table
@@ -78,9 +78,7 @@ class BuildConfig(plugins.Settings):
     @field_validator("sources", mode="before")
     @classmethod
     def _sources(cls, value: Any) -> tuple[Source, ...]:
-        if not isinstance(value, list | tuple):
-            raise ValueError("must be a list of sources, each with kind and path")
-        return tuple(sources.parse(each) for each in value)
+        return sources.parse_all(value)
 
     @field_validator("encoder", mode="before")
     @classmethod
@@ -136,6 +134,7 @@ def plan_build(config: BuildConfig) -> tuple[BuildPlan, list[tuple[int, Split]]]
     """Lists the sources. Returns the plan and the splits to read, each with its source's number."""
     root = storage.absolute(config.memory)
     encoder_fingerprint = config.encoder.fingerprint()
+    _trust.trust(encoder_fingerprint)
     listings = [source.listing() for source in config.sources]
     names: dict[str, str] = {}
     for listing in listings:
@@ -266,13 +265,14 @@ def write_shard_files(plan: BuildPlan, shard: int, parts: Iterable[Embedded]) ->
         quarantine=quarantine,
         bytes=summary.bytes,
         dimension=summary.dimension,
-        read=len(block) + len(rejected) + duplicates,
+        read=len(block) + count_images(rejected) + duplicates,
         embedded=len(block),
-        quarantined=len(rejected),
+        quarantined=count_images(rejected),
         duplicates=duplicates,
         class_counts=pack_counts(block.labels),
         source_counts=dict(sorted(Counter(block.sources).items())),
         reasons=count_reasons(rejected),
+        batch_size=gathered.batch_size,
     )
     sealed.write(_marker(plan, shard), entry.model_dump_json(indent=1).encode())
     report("write", 1)
@@ -373,6 +373,14 @@ def publish(
         files=files,
         config=plan.config.model_dump(mode="json"),
     )
+    smallest = min((entry.batch_size for entry in entries if entry.batch_size), default=0)
+    if 0 < smallest < plan.config.encoder.batch_size:
+        _log.warning(
+            "some images were encoded %d at a time, for lack of memory: the last bits of their "
+            "embeddings may differ from those of a build with encoder.batch_size=%d",
+            smallest,
+            plan.config.encoder.batch_size,
+        )
     published = memory.publish(plan.root, _with_weights(plan.root, manifest))
     storage.remove_directory(plan.path(f"work/{plan.fingerprint}"))
     storage.remove_directory(plan.path(index_plan.work))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 
+import numpy as np
 import pyarrow as pa
 
 from vm_core import sealed
@@ -24,7 +25,10 @@ def write(path: str, embedded: Embedded) -> None:
     }
     if block.thumbnails is not None:
         columns["thumbnail"] = pa.array(block.thumbnails, pa.binary())
-    table = pa.table(columns).replace_schema_metadata({"rejected": json.dumps(embedded.rejected)})
+    if block.contents is not None:
+        columns["content"] = pa.array(block.contents, pa.binary())
+    facts = {"rejected": embedded.rejected, "batch_size": embedded.batch_size}
+    table = pa.table(columns).replace_schema_metadata({"facts": json.dumps(facts)})
     sink = io.BytesIO()
     with pa.ipc.new_file(sink, table.schema) as writer:
         writer.write_table(table)
@@ -38,15 +42,18 @@ def read(path: str) -> Embedded | None:
         return None
     table = pa.ipc.open_file(data).read_all().combine_chunks()
     vectors = table["vector"].combine_chunks()
-    thumbnails = None
-    if "thumbnail" in table.column_names:
-        thumbnails = strings(table["thumbnail"].to_pylist())
+
+    def binary(name: str) -> np.ndarray | None:
+        return strings(table[name].to_pylist()) if name in table.column_names else None
+
     block = EmbeddingBlock(
         ids=strings(table["id"].to_pylist()),
         labels=table["label"].to_numpy(),
         sources=strings(table["source"].to_pylist()),
         vectors=vectors.flatten().to_numpy().reshape(len(table), -1 if len(table) else 1),
-        thumbnails=thumbnails,
+        thumbnails=binary("thumbnail"),
+        contents=binary("content"),
     )
-    rejected = json.loads(table.schema.metadata[b"rejected"])
-    return Embedded(block, tuple(Rejected(*item) for item in rejected))
+    facts = json.loads(table.schema.metadata[b"facts"])
+    rejected = tuple(Rejected(*item) for item in facts["rejected"])
+    return Embedded(block, rejected, facts["batch_size"])

@@ -26,10 +26,10 @@ def classify(
     Returns the answers, in the order of the paths, and the images that could not be
     read, with reasons. Raises VisualMemoryError if the encoder is not the memory's.
     """
-    if k < 1:
-        raise VisualMemoryError(f"k = {k}: at least one neighbour must vote. Use --k 10")
+    if not 1 <= k <= 10_000:
+        raise VisualMemoryError(f"k = {k} is not from 1 to 10000. Use --k 10")
     settings = memory.encoder(encoder_path)
-    encoder = cache(lambda: BatchedEncoder(settings.load(), settings.batch_size))
+    encoder = cache(lambda: BatchedEncoder.load(settings))
     records = (ImageRecord(path, UNKNOWN, "", path) for path in paths)
     embedded = embed_records(records, encoder, settings, ImageSettings())
     block = embedded.block

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import logging
 import os
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
+from pydantic import Field
 
 from vm_core import checkpoints, measure, plugins, storage
 from vm_core.classes import ClassTable
@@ -24,6 +26,7 @@ from vm_core.records import (
     EmbeddingBlock,
     ImageRecord,
     Rejected,
+    count_images,
     shard_of,
     strings,
 )
@@ -38,12 +41,14 @@ _BUCKET_THREADS = 16
 class ImageSettings(plugins.Settings):
     """How images are read, whichever encoder sees them.
 
-    max_pixels: larger images are quarantined before they are decoded.
+    max_pixels: larger images are quarantined before they are decoded. max_bytes: of an
+    encoded image; longer files are quarantined without being read to their end.
     thumbnail_pixels: longer side of the pictures kept for reports; 0 keeps none.
     """
 
-    max_pixels: int = DEFAULT_MAX_PIXELS
-    thumbnail_pixels: int = 96
+    max_pixels: int = Field(DEFAULT_MAX_PIXELS, ge=1)
+    max_bytes: int = Field(256 << 20, ge=1)
+    thumbnail_pixels: int = Field(96, ge=0, le=4096)
 
 
 @dataclass(frozen=True)
@@ -62,15 +67,28 @@ class BatchedEncoder:
 
     A shorter batch is padded, since the last bits of an embedding can depend on the
     shape of its batch but not on the images beside it. When the device runs out of
-    memory the shape is halved, once and for all, down to a single image.
+    memory the shape is halved, once and for all, down to a single image: ``batch_size`` is
+    the present one. name: of the encoder, for errors.
     """
 
-    def __init__(self, embed: Embed, batch_size: int):
+    def __init__(self, embed: Embed, batch_size: int, name: str = "the encoder"):
         self._embed = embed
+        self._name = name
+        self._dimension: int | None = None
         self.batch_size = batch_size
 
+    @staticmethod
+    def load(settings: Encoder) -> BatchedEncoder:
+        """Loads the encoder that settings describe."""
+        return BatchedEncoder(
+            settings.load(), settings.batch_size, f"the encoder {settings.path!r}"
+        )
+
     def __call__(self, pixels: np.ndarray) -> np.ndarray:
-        """(N, H, W, 3) uint8 to (N, D) float32, for any N >= 1."""
+        """(N, H, W, 3) uint8 to (N, D) float32, for any N >= 1.
+
+        Raises VisualMemoryError if the encoder returns anything else.
+        """
         start, parts = 0, []
         while start < len(pixels):
             batch = pixels[start : start + self.batch_size]
@@ -78,7 +96,7 @@ class BatchedEncoder:
             padded = np.pad(batch, [(0, missing), (0, 0), (0, 0), (0, 0)]) if missing else batch
             try:
                 with measure.timed("model_ms"):
-                    parts.append(self._embed(padded)[: len(batch)])
+                    parts.append(self._checked(self._embed(padded))[: len(batch)])
             except MemoryError as error:
                 if self.batch_size == 1:
                     raise
@@ -90,6 +108,24 @@ class BatchedEncoder:
                 measure.observe("batch_images", len(batch))
                 start += len(batch)
         return np.concatenate(parts)
+
+    def _checked(self, found: np.ndarray) -> np.ndarray:
+        """What the encoder has returned for a batch, if it is a row of numbers an image."""
+        found = np.asarray(found)
+        rows = found.shape[0] if found.ndim == 2 else None
+        if rows != self.batch_size or not found.shape[1] or found.dtype.kind not in "fiu":
+            raise VisualMemoryError(
+                f"{self._name} returned an array of shape {found.shape} and type {found.dtype} for "
+                f"{self.batch_size} images: give an encoder that returns ({self.batch_size}, D) "
+                "floats"
+            )
+        if self._dimension not in (None, found.shape[1]):
+            raise VisualMemoryError(
+                f"{self._name} returned {found.shape[1]} dimensions, and {self._dimension} before: "
+                "give an encoder that returns as many for every batch"
+            )
+        self._dimension = found.shape[1]
+        return found.astype(np.float32, copy=False)
 
 
 def embed_split(
@@ -126,7 +162,7 @@ def embed_split(
 
 def _count(embedded: Embedded) -> None:
     measure.count("done_images", len(embedded.block))
-    measure.count("quarantined_images", len(embedded.rejected))
+    measure.count("quarantined_images", count_images(embedded.rejected))
     for kind, images in count_kinds(embedded.rejected).items():
         measure.count(f"quarantined_{kind}_images", images)
 
@@ -145,28 +181,39 @@ def by_shard(embedded: Embedded, shards: int) -> Iterator[tuple[int, Embedded]]:
 def gather(parts: Iterable[Embedded]) -> tuple[Embedded, int]:
     """All parts as one, rows sorted by id and each id once; and the number of duplicates.
 
-    Of rows with one id the first in the order of label, source, vector and thumbnail
-    stays, so the result does not depend on the order of the parts.
+    Duplicates have the same id, label and content. All rows of an id that names different
+    contents are rejected: which of them is right is not known. The result does not depend on
+    the order of the parts.
     """
     parts = list(parts)
-    rejected = sorted({item for part in parts for item in part.rejected})
-    duplicates = sum(len(part.rejected) for part in parts) - len(rejected)
+    rejected = {item for part in parts for item in part.rejected}
+    duplicates = sum(count_images(part.rejected) for part in parts) - count_images(rejected)
+    batch_size = min((part.batch_size for part in parts if part.batch_size), default=0)
     blocks = [part.block for part in parts if len(part.block)]
     if not blocks:
-        return Embedded(EmbeddingBlock.empty(), tuple(rejected)), duplicates
+        nothing = Embedded(EmbeddingBlock.empty(), tuple(sorted(rejected)), batch_size)
+        return nothing, duplicates
     block = EmbeddingBlock.concatenate(blocks)
 
-    def priority(row: int) -> tuple:
-        thumbnail = b"" if block.thumbnails is None else block.thumbnails[row]
-        return int(block.labels[row]), block.sources[row], block.vectors[row].tobytes(), thumbnail
+    def content(row: int) -> tuple:
+        known = block.vectors[row].tobytes() if block.contents is None else block.contents[row]
+        return int(block.labels[row]), known
 
-    chosen: dict[str, int] = {}
+    by_id: dict[str, list[int]] = {}
     for row, id in enumerate(block.ids):
-        other = chosen.setdefault(id, row)
-        if other != row and priority(row) < priority(other):
-            chosen[id] = row
-    keep = np.array([chosen[id] for id in sorted(chosen)], np.int64)
-    return Embedded(block.take(keep), tuple(rejected)), duplicates + len(block) - len(keep)
+        by_id.setdefault(id, []).append(row)
+    keep = []
+    for id in sorted(by_id):
+        rows = by_id[id]
+        if len(rows) > 1 and len({content(row) for row in rows}) > 1:
+            sources = Counter(block.sources[row] for row in rows)
+            reason = f"the id has {len(rows)} images or labels that differ: give each its own id"
+            rejected |= {Rejected(id, source, reason, count) for source, count in sources.items()}
+        else:
+            keep.append(min(rows, key=lambda row: block.sources[row]))
+            duplicates += len(rows) - 1
+    chosen = block.take(np.array(keep, np.int64))
+    return Embedded(chosen, tuple(sorted(rejected)), batch_size), duplicates
 
 
 def embed_records(
@@ -178,15 +225,18 @@ def embed_records(
 ) -> Embedded:
     """Embeds all records; the rows keep the records' order.
 
-    Images are decoded by a pool of threads that runs ahead of the encoder by a batch.
+    Images are decoded by a pool of threads that runs ahead of the encoder by a batch. What
+    was encoded is kept as the rows' ``contents``.
     A record that cannot be read, decoded or embedded is rejected with its reason and
     harms no other. ``load_encoder`` is called when there is something to encode, and
     returns the same encoder every time.
     """
     good: list[ImageRecord] = []
     thumbnails: list[bytes | None] = []
+    contents: list[bytes] = []
     vectors: list[np.ndarray] = []
     rejected: list[Rejected] = []
+    batch_size = 0
 
     def usable(pool: ThreadPoolExecutor) -> Iterator[tuple[ImageRecord, PreparedImage]]:
         for outcome in _prepare_ahead(records, pool, settings, images):
@@ -201,6 +251,7 @@ def embed_records(
             with measure.timed("load_ms"):
                 encoder = load_encoder()
             embeddings = encoder(np.stack([prepared.pixels for _, prepared in batch]))
+            batch_size = encoder.batch_size
             for (record, prepared), vector in zip(batch, embeddings, strict=True):
                 norm = np.linalg.norm(vector.astype(np.float64))
                 if not np.isfinite(norm) or norm == 0:
@@ -209,6 +260,7 @@ def embed_records(
                     continue
                 good.append(record)
                 thumbnails.append(prepared.thumbnail)
+                contents.append(record.data)
                 vectors.append((vector / norm).astype(np.float32))
             report("encode", len(batch))
     block = EmbeddingBlock(
@@ -217,8 +269,9 @@ def embed_records(
         sources=strings([record.source for record in good]),
         vectors=np.stack(vectors) if vectors else EmbeddingBlock.empty().vectors,
         thumbnails=strings(thumbnails) if images.thumbnail_pixels else None,
+        contents=strings(contents),
     )
-    return Embedded(block, tuple(rejected))
+    return Embedded(block, tuple(rejected), batch_size)
 
 
 def _prepare_ahead(
@@ -237,17 +290,22 @@ def _prepare_ahead(
             data = record.data
             if isinstance(data, str):
                 with measure.timed("read_ms"):
-                    data = storage.read_bytes(data)
+                    data = storage.read_bytes(data, images.max_bytes)
             measure.count("read_bytes", len(data))
             with measure.timed("decode_ms"):
                 prepared = prepare(data, preprocessing, images.max_pixels, images.thumbnail_pixels)
-            return record._replace(data=b""), prepared
+            return record._replace(data=hashlib.sha256(data).digest()[:16]), prepared
         except UnreachableError:  # no fault of the image's
             raise
         except BadImage as error:
             reason = str(error)
         except OSError as error:
-            reason = f"the file cannot be read: {error.strerror or error}"
+            if error.errno == errno.EFBIG:
+                reason = f"too large: more than {images.max_bytes:,} bytes, the limit max_bytes"
+            elif error.errno == errno.EINVAL:  # no regular file
+                reason = f"the file cannot be read: {error}"
+            else:
+                reason = f"the file cannot be read: {error.strerror or error}"
         except (ValueError, VisualMemoryError) as error:  # a path that no file can have
             reason = f"the file cannot be read: {error}"
         return Rejected(record.id, record.source, reason)

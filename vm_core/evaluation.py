@@ -32,7 +32,14 @@ from vm_core.partitions import Partition
 from vm_core.predictions import PREDICTIONS_SCHEMA, predictions_table
 from vm_core.progress import report
 from vm_core.pruning import with_self
-from vm_core.records import UNKNOWN, Embedded, EmbeddingBlock, Rejected, unit_interval
+from vm_core.records import (
+    UNKNOWN,
+    Embedded,
+    EmbeddingBlock,
+    Rejected,
+    count_images,
+    unit_interval,
+)
 from vm_core.search import assemble, search_partition
 from vm_core.shards import read_blocks
 from vm_core.sources import Source
@@ -65,6 +72,7 @@ class EvaluationConfig(plugins.Settings):
     number if None. duplicate_distance: a query with a neighbour nearer than this is
     reported as a leak. headline_voter, headline_k: of the tables per class, the
     confusion and the calibration. encoder_path: the encoder, if it has moved.
+    trust_files: opens the memory's partitions without comparing them with their SHA-256.
     """
 
     memory: str
@@ -83,6 +91,7 @@ class EvaluationConfig(plugins.Settings):
     headline_voter: str = "rank"
     headline_k: int = Field(10, ge=1)
     encoder_path: str | None = None
+    trust_files: bool = False
     images: ImageSettings = ImageSettings()
     query_shards: int = Field(4, ge=1, le=99_999)
     max_failure_share: float = Field(0.01, ge=0, le=1)
@@ -90,9 +99,7 @@ class EvaluationConfig(plugins.Settings):
     @field_validator("queries", mode="before")
     @classmethod
     def _queries(cls, value: Any) -> tuple[Source, ...]:
-        if not isinstance(value, list | tuple):
-            raise ValueError("must be a list of sources, each with kind and path")
-        return tuple(sources.parse(each) for each in value)
+        return sources.parse_all(value)
 
     @model_validator(mode="after")
     def _check(self) -> EvaluationConfig:
@@ -188,7 +195,7 @@ def plan_evaluation(config: EvaluationConfig) -> tuple[EvaluationPlan, list[Any]
     Returns the plan and the work: numbered splits of images, or paths of embedding
     shards. Raises VisualMemoryError if the queries do not go with the memory.
     """
-    opened = Memory(config.memory, config.version)
+    opened = Memory(config.memory, config.version, config.trust_files)
     encoder = opened.manifest.encoder
     work: list[Any]
     if config.queries:
@@ -214,7 +221,7 @@ def plan_evaluation(config: EvaluationConfig) -> tuple[EvaluationPlan, list[Any]
         opened,
         encoder,
         storage.absolute(config.output),
-        _fingerprint([inputs, config.model_dump(mode="json")]),
+        _fingerprint([inputs, config.model_dump(mode="json", exclude={"trust_files"})]),
         _fingerprint([inputs, config.model_dump(mode="json", include={"queries", "images"})]),
     )
     return plan, work
@@ -311,8 +318,8 @@ def evaluate_shard(
     """
     outcome = _empty_outcome(plan)
     outcome.duplicates = gathered.duplicates
-    outcome.quarantined = len(gathered.rejected)
-    outcome.read = len(gathered.block) + len(gathered.rejected) + gathered.duplicates
+    outcome.quarantined = count_images(gathered.rejected)
+    outcome.read = len(gathered.block) + outcome.quarantined + gathered.duplicates
     outcome.reasons = count_reasons(gathered.rejected)
     write_table(plan.shard_file("quarantine", shard), quarantine_table(gathered.rejected))
     everything = assemble(gathered.block, plan.config.k, parts)

@@ -11,7 +11,7 @@ from vm_core.errors import VisualMemoryError
 from vm_core.records import Rejected
 
 QUARANTINE_SCHEMA = pa.schema(
-    [("id", pa.string()), ("source", pa.string()), ("reason", pa.string())]
+    [("id", pa.string()), ("source", pa.string()), ("reason", pa.string()), ("images", pa.int64())]
 )
 
 KINDS: dict[str, str | tuple[str, ...]] = {
@@ -22,6 +22,7 @@ KINDS: dict[str, str | tuple[str, ...]] = {
     "unreadable": "the file cannot be read",
     "no_embedding": "the encoder returned no usable embedding",
     "lost": "rest of the file lost",
+    "conflicting": "the id has",
     "incomplete": ("the record ", "the manifest's row ", "label "),
 }
 """Kinds of reasons, and how the reasons of each begin."""
@@ -31,7 +32,9 @@ OTHER = "other"
 
 def count_kinds(rejected: Sequence[Rejected]) -> dict[str, int]:
     """How many inputs were rejected for each kind of reason: all of KINDS, and OTHER."""
-    found = Counter(_kind(item.reason) for item in rejected)
+    found: Counter[str] = Counter()
+    for item in rejected:
+        found[_kind(item.reason)] += item.images
     return {kind: found[kind] for kind in (*KINDS, OTHER)}
 
 
@@ -46,7 +49,10 @@ def quarantine_table(rejected: Sequence[Rejected]) -> pa.Table:
 
 def count_reasons(rejected: Sequence[Rejected], most: int = 20) -> dict[str, int]:
     """How often each of the most frequent reasons occurred."""
-    return dict(Counter(item.reason for item in rejected).most_common(most))
+    found: Counter[str] = Counter()
+    for item in rejected:
+        found[item.reason] += item.images
+    return dict(found.most_common(most))
 
 
 def check_failures(

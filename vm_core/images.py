@@ -10,20 +10,39 @@ from __future__ import annotations
 import codecs
 import contextlib
 import io
-from typing import Annotated, Literal, NamedTuple
+import threading
+from collections.abc import Callable, Iterator
+from typing import IO, Annotated, Literal, NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import (
+    BmpImagePlugin,
+    GifImagePlugin,
+    Image,
+    ImageOps,
+    JpegImagePlugin,
+    PngImagePlugin,
+    WebPImagePlugin,
+)
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-# The limit is `max_pixels`, checked here before any pixel is decoded. Pillow's own
-# would print warnings for pictures that the configuration allows.
-Image.MAX_IMAGE_PIXELS = None
-
-# An explicit list: Pillow knows formats whose decoders start other programs.
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
+# An explicit list: Pillow knows formats whose decoders start other programs. They are opened
+# without Image.open, which has a limit of pixels of its own for the whole process.
+_OPENERS: dict[str, tuple[tuple[bytes, ...], Callable[[IO[bytes]], Image.Image]]] = {
+    "JPEG": ((b"\xff\xd8\xff",), JpegImagePlugin.jpeg_factory),
+    "PNG": ((b"\x89PNG\r\n\x1a\n",), PngImagePlugin.PngImageFile),
+    "WEBP": ((b"RIFF",), WebPImagePlugin.WebPImageFile),
+    "GIF": ((b"GIF87a", b"GIF89a"), GifImagePlugin.GifImageFile),
+    "BMP": ((b"BM",), BmpImagePlugin.BmpImageFile),
+}
+FORMATS = tuple(_OPENERS)
 
 DEFAULT_MAX_PIXELS = 100_000_000
+
+# Of a progressive JPEG every scan is a pass over all pixels. Encoders write about ten.
+_SCANS_OF_MAX_PIXELS = 10
+
+_MARGIN = 2  # how much larger than needed a JPEG is decoded before it is resized
 
 Channel = Annotated[tuple[float, float, float], Field(description="red, green, blue")]
 
@@ -74,11 +93,16 @@ def prepare(
 ) -> PreparedImage:
     """Decodes, resizes and crops one image; makes a thumbnail if asked for.
 
-    Raises BadImage when the bytes are not an image or have more than ``max_pixels``.
+    A JPEG of which much more than that is stored is decoded at half, a quarter or an eighth
+    of its size, at least twice as large as needed. All threads together decode images of at
+    most DECODED_PIXELS pixels at a time, or a single larger one. Raises BadImage when the
+    bytes are not an image, have more than ``max_pixels``, or take too many passes to decode.
     """
-    image = decode(data, max_pixels)
-    thumbnail = make_thumbnail(image, thumbnail_pixels) if thumbnail_pixels else None
-    return PreparedImage(resize_and_crop(image, preprocessing), thumbnail)
+    needed = _MARGIN * max(preprocessing.resize, thumbnail_pixels)
+    with _opened(data, max_pixels) as image:
+        image = _decoded(image, needed)
+        thumbnail = make_thumbnail(image, thumbnail_pixels) if thumbnail_pixels else None
+        return PreparedImage(resize_and_crop(image, preprocessing), thumbnail)
 
 
 def decode(data: bytes, max_pixels: int = DEFAULT_MAX_PIXELS) -> Image.Image:
@@ -87,19 +111,74 @@ def decode(data: bytes, max_pixels: int = DEFAULT_MAX_PIXELS) -> Image.Image:
     EXIF orientation is applied, transparency is laid on white, 16-bit greyscale keeps
     its upper eight bits, CMYK and palettes are converted. Raises BadImage.
     """
+    with _opened(data, max_pixels) as image:
+        return _decoded(image, None)
+
+
+DECODED_PIXELS = DEFAULT_MAX_PIXELS
+
+
+class _Budget:
+    """Lets threads pass while what they hold together is within a limit, or one alone."""
+
+    def __init__(self, limit: int):
+        self._limit, self._held = limit, 0
+        self._changed = threading.Condition()
+
+    @contextlib.contextmanager
+    def hold(self, amount: int) -> Iterator[None]:
+        with self._changed:
+            self._changed.wait_for(lambda: not self._held or self._held + amount <= self._limit)
+            self._held += amount
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._held -= amount
+                self._changed.notify_all()
+
+
+_budget = _Budget(DECODED_PIXELS)
+
+
+@contextlib.contextmanager
+def _opened(data: bytes, max_pixels: int) -> Iterator[Image.Image]:
+    """An image whose pixels are not decoded yet, with leave to decode them in the block."""
     if not data:
         raise BadImage("the file is empty (0 bytes)")
+    known = [name for name, (beginnings, _) in _OPENERS.items() if data.startswith(beginnings)]
+    if not known:
+        raise BadImage(_unrecognised(data))
     try:
-        image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
+        image = _OPENERS[known[0]][1](io.BytesIO(data))
+    except Image.DecompressionBombError as error:  # a frame larger than the image
+        raise BadImage(f"too large: {_short(error)}") from error
     except Exception as error:  # decoders of untrusted bytes raise anything
         raise BadImage(_unrecognised(data)) from error
     width, height = image.size
-    if width * height > max_pixels:
+    pixels = width * height
+    if pixels > max_pixels:
         raise BadImage(
-            f"too large: {width} x {height} is {width * height:,} pixels, the limit max_pixels "
+            f"too large: {width} x {height} is {pixels:,} pixels, the limit max_pixels "
             f"is {max_pixels:,}"
         )
+    scans = data.count(b"\xff\xda") if known == ["JPEG"] else 1
+    if scans * pixels > _SCANS_OF_MAX_PIXELS * max_pixels:
+        raise BadImage(
+            f"too large: {scans} scans of {width} x {height} pixels, the limit is "
+            f"{_SCANS_OF_MAX_PIXELS} scans of max_pixels"
+        )
+    with _budget.hold(pixels):
+        yield image
+
+
+def _decoded(image: Image.Image, needed: int | None) -> Image.Image:
+    """The decoded image; needed: pixels of the shorter side that do, None for all."""
     try:
+        if needed is not None and isinstance(image, JpegImagePlugin.JpegImageFile):
+            width, height = image.size
+            shorter = min(width, height)
+            image.draft(None, (width * needed // shorter, height * needed // shorter))
         image.load()
         with contextlib.suppress(Exception):  # damaged EXIF does not damage the picture
             image = ImageOps.exif_transpose(image)

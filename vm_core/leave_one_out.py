@@ -35,7 +35,7 @@ import numpy as np
 import pyarrow as pa
 from pydantic import Field, model_validator
 
-from vm_core import batch_files, item_scores, measure, partitions, plugins
+from vm_core import batch_files, item_scores, measure, partitions, plugins, storage
 from vm_core.batch_files import BatchFile, Columns
 from vm_core.item_scores import Lists, Sums
 from vm_core.memory import Memory
@@ -68,6 +68,7 @@ class LeaveOneOutConfig(plugins.Settings):
     shapley_k: int = Field(10, ge=1)
     duplicate_distance: float = Field(0.02, ge=0, le=2)
     exclude_duplicates: bool = False
+    trust_files: bool = False
 
     @model_validator(mode="after")
     def _check(self) -> LeaveOneOutConfig:
@@ -139,10 +140,10 @@ class LeaveOneOutPlan:
     def work(self, name: str, number: int | None = None) -> str:
         """Path of a work file, without its suffix."""
         name = name if number is None else f"{name}-{number:05d}"
-        return self.memory.path(f"work/scores-{self.fingerprint}/{name}")
+        return storage.join(self.memory.path(f"work/scores-{self.fingerprint}"), name)
 
     def path(self, name: str) -> str:
-        return self.memory.path(f"{self.folder}/{name}")
+        return storage.join(self.memory.path(self.folder), name)
 
     def items(self, shard: int) -> str:
         return self.path(f"items-{shard:05d}-of-{len(self.first_rows) - 1:05d}.parquet")
@@ -157,7 +158,7 @@ def plan_scores(memory: Memory, config: LeaveOneOutConfig) -> LeaveOneOutPlan:
         "partitions": [entry.folder for entry in memory.manifest.partitions],
         "weights": memory.manifest.weights and memory.manifest.weights.folder,
         "probes": probes,
-        "settings": config.model_dump(mode="json", exclude={"memory", "version"}),
+        "settings": config.model_dump(mode="json", exclude={"memory", "version", "trust_files"}),
     }
     fingerprint = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
     return LeaveOneOutPlan(config, memory, probes, fingerprint)

@@ -37,7 +37,7 @@ from pydantic import (
 
 from vm_core import encoders, indexing, partitions, sealed, storage, weights
 from vm_core.classes import ClassTable
-from vm_core.encoders import Encoder
+from vm_core.encoders import Encoder, _trust
 from vm_core.errors import DamagedError, VisualMemoryError
 from vm_core.indexing import PartitionEntry
 from vm_core.partitions import Partition
@@ -67,6 +67,7 @@ def _check_named(files: Files, *names: str | None) -> None:
 class ShardEntry(BaseModel):
     """One shard: its files, relative to the memory, with the SHA-256 of each, and counts.
 
+    batch_size: the smallest number of images that was encoded at a time, 0 if none was.
     class_counts: of classes.pack_counts; a manifest has those of all shards together alone,
     since there may be tens of thousands of both shards and classes.
     """
@@ -84,6 +85,7 @@ class ShardEntry(BaseModel):
     class_counts: str
     source_counts: dict[str, NonNegativeInt]
     reasons: dict[str, NonNegativeInt]
+    batch_size: NonNegativeInt = 0
 
     @model_validator(mode="after")
     def _check(self) -> ShardEntry:
@@ -298,7 +300,8 @@ class Memory:
     def encoder(self, path: str | None = None) -> Encoder:
         """The encoder for queries, from ``path`` if the model has moved.
 
-        Raises VisualMemoryError if it is not the encoder that the memory was built with.
+        Raises VisualMemoryError if it is not the encoder that the memory was built with, and
+        without a path if the user has not trusted it (see vm_core.encoders._trust).
         """
         encoder = self.manifest.encoder
         if path is not None:
@@ -310,6 +313,10 @@ class Memory:
                 "embeddings cannot be compared. Give the original model with --encoder PATH, or "
                 "build the memory again"
             )
+        if path is None:
+            _trust.check(self.manifest.encoder_fingerprint, encoder.path, self.root)
+        else:
+            _trust.trust(self.manifest.encoder_fingerprint)
         return encoder
 
     def thumbnails(self, ids: Iterable[str]) -> dict[str, bytes]:

@@ -28,7 +28,7 @@ NEIGHBORS_SCHEMA = pa.schema(
         ("neighbor_ids", pa.list_(pa.string())),
         ("neighbor_labels", pa.list_(pa.int64())),
         ("neighbor_distances", pa.list_(pa.float32())),
-        ("neighbor_weights", pa.list_(pa.float32())),  # null: all 1
+        ("neighbor_weights", pa.list_(pa.float64())),  # null: all 1
     ]
 )
 
@@ -47,7 +47,7 @@ class Neighbors:
     UNKNOWN is a query that the annotators left without a label. ``query_labels``
     is then the first column.
 
-    weights: None, all 1, or (Q, K) float32 >= 0, what each neighbour's vote is multiplied
+    weights: None, all 1, or (Q, K) float64 >= 0, what each neighbour's vote is multiplied
     by where the memory is pruned; any value at padding.
     """
 
@@ -160,9 +160,7 @@ class Neighbors:
         if any(block.weights is not None for block in blocks):
             weights = np.concatenate(
                 [
-                    np.ones(block.labels.shape, np.float32)
-                    if block.weights is None
-                    else block.weights
+                    np.ones(block.labels.shape) if block.weights is None else block.weights
                     for block in blocks
                 ]
             )

@@ -99,7 +99,7 @@ class Members:
 
 @dataclass(frozen=True, eq=False)
 class Partition:
-    """Members that can be searched; weights: (N,) float32 in [0, 1.75], or None for all 1."""
+    """Members that can be searched; weights: (N,) float64 in [0, 1.75], or None for all 1."""
 
     members: Members
     search: TopK

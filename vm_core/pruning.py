@@ -46,7 +46,7 @@ SCORES_SCHEMA = pa.schema([("row", pa.int64()), ("score", pa.float64())])
 TIES_SCHEMA = pa.schema([("shapley", pa.float64()), ("order", pa.float64())])
 """What decides between items of one score: the lower Shapley value, then a hash of the id."""
 
-ROW_WEIGHTS_SCHEMA = pa.schema([("row", pa.int64()), ("weight", pa.float32())])
+ROW_WEIGHTS_SCHEMA = pa.schema([("row", pa.int64()), ("weight", pa.float64())])
 
 
 def without_self(block: Neighbors) -> Neighbors:
@@ -251,7 +251,7 @@ def _removed(items: pa.Table) -> pa.Table:
 def soft(counts: pa.Table, gamma_scale: float = SOFT_SCALE) -> pa.Table:
     """Weight ``gamma_scale`` / (1 + count) for every item whose count is not 0; see ``hard``."""
     counted = counts.filter(pc.not_equal(counts["score"], 0.0))
-    weights = (gamma_scale / (1 + counted["score"].to_numpy())).astype(np.float32)
+    weights = (gamma_scale / (1 + counted["score"].to_numpy())).astype(np.float64)
     return pa.table([counted["row"], weights], schema=ROW_WEIGHTS_SCHEMA)
 
 

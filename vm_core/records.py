@@ -8,7 +8,7 @@ whether it holds one embedding or a thousand.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -31,11 +31,20 @@ class ImageRecord(NamedTuple):
 
 
 class Rejected(NamedTuple):
-    """One input that went to quarantine, and why."""
+    """What went to quarantine, and why. images: how many inputs it stands for, at least 1.
+
+    Of a file that breaks off, all that it was expected to hold.
+    """
 
     id: str
     source: str
     reason: str
+    images: int = 1
+
+
+def count_images(rejected: Iterable[Rejected]) -> int:
+    """How many inputs went to quarantine."""
+    return sum(item.images for item in rejected)
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,7 +53,9 @@ class EmbeddingBlock:
 
     ids: (N,) object array of str. labels: (N,) int64. sources: (N,) object array
     of str, the data set each row came from. vectors: (N, D) float32, unit length.
-    thumbnails: (N,) object array of JPEG bytes, or None when none are kept.
+    thumbnails: (N,) object array of JPEG bytes, or None when none are kept. contents: (N,)
+    object array, the first 16 bytes of the SHA-256 of what was encoded, or None where that is
+    not known.
     """
 
     ids: np.ndarray
@@ -52,6 +63,7 @@ class EmbeddingBlock:
     sources: np.ndarray
     vectors: np.ndarray
     thumbnails: np.ndarray | None = None
+    contents: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -64,6 +76,7 @@ class EmbeddingBlock:
             self.sources[rows],
             self.vectors[rows],
             None if self.thumbnails is None else self.thumbnails[rows],
+            None if self.contents is None else self.contents[rows],
         )
 
     @staticmethod
@@ -75,29 +88,38 @@ class EmbeddingBlock:
             strings([]),
             np.empty((0, 1), np.float32),
             strings([]),
+            strings([]),
         )
 
     @staticmethod
     def concatenate(blocks: Sequence[EmbeddingBlock]) -> EmbeddingBlock:
         """One block of all rows, in order. Needs at least one block."""
-        thumbnails = None
+        thumbnails = contents = None
         if all(block.thumbnails is not None for block in blocks):
             thumbnails = np.concatenate([block.thumbnails for block in blocks])
+        if all(block.contents is not None for block in blocks):
+            contents = np.concatenate([block.contents for block in blocks])
         return EmbeddingBlock(
             np.concatenate([block.ids for block in blocks]),
             np.concatenate([block.labels for block in blocks]),
             np.concatenate([block.sources for block in blocks]),
             np.concatenate([block.vectors for block in blocks]),
             thumbnails,
+            contents,
         )
 
 
 @dataclass(frozen=True, eq=False)
 class Embedded:
-    """What became of some images: their embeddings, and those that failed with the reason."""
+    """What became of some images: their embeddings, and those that failed with the reason.
+
+    batch_size: the smallest number of images that was encoded at a time, padding included; 0
+    if nothing was encoded.
+    """
 
     block: EmbeddingBlock
     rejected: tuple[Rejected, ...] = ()
+    batch_size: int = 0
 
     @staticmethod
     def nothing() -> Embedded:

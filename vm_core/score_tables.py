@@ -169,7 +169,7 @@ def finish(plan: LeaveOneOutPlan) -> dict[str, Any]:
         "version": plan.memory.manifest.version,
         "fingerprint": plan.fingerprint,
         "folder": plan.folder,
-        "settings": config.model_dump(mode="json", exclude={"memory", "version"}),
+        "settings": config.model_dump(mode="json", exclude={"memory", "version", "trust_files"}),
         "probes": plan.probes,
         "items": int(plan.first_rows[-1]),
         "queries": queries,

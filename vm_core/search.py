@@ -120,7 +120,7 @@ def search_partition(
         labels[found] = partition.members.labels[rows[found]]
     weights = None
     if partition.weights is not None:
-        weights = np.ones(rows.shape, np.float32)
+        weights = np.ones(rows.shape)
         weights[found] = partition.weights[rows[found]]
     neighbors = Neighbors(queries.ids, queries.labels, ids, labels, distances, weights=weights)
     if exclude_self:
@@ -146,7 +146,7 @@ def assemble(
             part = merge(found.take(places), part)
         fresh[places] = False
         if part.weights is not None and found.weights is None:
-            found = replace(found, weights=np.ones(found.labels.shape, np.float32))
+            found = replace(found, weights=np.ones(found.labels.shape))
         if part.ids.dtype != found.ids.dtype:  # assignment would cut the longer ids
             wide = np.promote_types(part.ids.dtype, found.ids.dtype)
             found = replace(found, ids=found.ids.astype(wide))
@@ -222,7 +222,7 @@ def _both_weights(left: Neighbors, right: Neighbors) -> np.ndarray | None:
     if left.weights is None and right.weights is None:
         return None
     sides = [
-        np.ones(side.labels.shape, np.float32) if side.weights is None else side.weights
+        np.ones(side.labels.shape) if side.weights is None else side.weights
         for side in (left, right)
     ]
     return np.concatenate(sides, axis=1)

@@ -31,6 +31,7 @@ CHUNK_BYTES = 1 << 21  # long reads, short enough that the passes over them find
 _HEADER = struct.Struct("<QI")
 _FOOTER = struct.Struct("<I")
 _HEADER_BYTES, _FOOTER_BYTES = 12, 4
+OVERHEAD_BYTES = _HEADER_BYTES + _FOOTER_BYTES
 _DAMAGED = "the file is damaged or is no TFRecord file: restore it or write it again"
 
 _Crc = TypeVar("_Crc", int, np.ndarray)

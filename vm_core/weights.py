@@ -32,7 +32,7 @@ _FOUND = 2**22
 
 _REMEDY = "Restore it, or take the weights back with visual-memory prune --undo"
 
-WEIGHTS_SCHEMA = pa.schema([("id", pa.string()), ("weight", pa.float32())])
+WEIGHTS_SCHEMA = pa.schema([("id", pa.string()), ("weight", pa.float64())])
 
 
 class WeightsEntry(BaseModel):
@@ -91,7 +91,7 @@ def apply(partition: Partition, table: pa.Table) -> Partition:
             f"the weights name {places.null_count:,} items that are not in their partition, such "
             f"as {strange!r}: they belong to another version. Prune the memory again"
         )
-    weights = np.ones(len(members), np.float32)
+    weights = np.ones(len(members))
     weights[places.to_numpy()] = table["weight"].to_numpy()
     removed = weights == 0
     search = partition.search

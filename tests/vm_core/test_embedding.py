@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import random
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
-from vm_core import checkpoints, embedding, storage
+from vm_core import checkpoints, embedding, encoders, storage
 from vm_core.classes import ClassTable
 from vm_core.embedding import (
     BatchedEncoder,
@@ -23,8 +26,17 @@ from vm_core.embedding import (
     gather,
 )
 from vm_core.encoders import Encoder
+from vm_core.errors import VisualMemoryError
 from vm_core.images import Preprocessing
-from vm_core.records import Embedded, EmbeddingBlock, ImageRecord, Rejected, shard_of, strings
+from vm_core.records import (
+    Embedded,
+    EmbeddingBlock,
+    ImageRecord,
+    Rejected,
+    count_images,
+    shard_of,
+    strings,
+)
 from vm_core.sources import parse as parse_source
 
 CROP = 16
@@ -354,6 +366,71 @@ def test_shards_divide_a_split_without_loss(ids, shards):
         assert together.block.thumbnails[row] == embedded.block.thumbnails[rows[id]]
 
 
+@pytest.mark.parametrize("contents", [None, "known"])
+def test_duplicates_have_the_same_id_label_and_content(contents):
+    """One id with two contents is never called a duplicate: neither image is lost in silence."""
+    block = block_of(["a", "a", "b", "b", "c", "c"], [0, 0, 0, 0, 0, 1])
+    vectors = block.vectors.copy()
+    vectors[1], vectors[5] = vectors[0], vectors[4]
+    block = replace(block, vectors=vectors)
+    if contents:
+        block = replace(block, contents=strings([b"1", b"1", b"2", b"3", b"4", b"4"]))
+    found, duplicates = gather([Embedded(block.take(np.array([row]))) for row in range(6)])
+    assert found.block.ids.tolist() == ["a"] and duplicates == 1
+    assert [(item.id, item.images) for item in found.rejected] == [("b", 2), ("c", 2)]
+    assert "2 images or labels that differ: give each its own id" in found.rejected[0].reason
+
+
+def test_images_of_one_id_and_embedding_but_other_bytes_are_no_duplicates():
+    block = block_of(["a", "a"], [0, 0])
+    block = replace(block, vectors=block.vectors[[0, 0]], contents=strings([b"1", b"2"]))
+    found, duplicates = gather([Embedded(block)])
+    assert (len(found.block), duplicates, count_images(found.rejected)) == (0, 0, 2)
+
+
+@pytest.mark.parametrize(
+    "returned, cause",
+    [
+        (lambda n: np.ones((n - 1, 4), np.float32), r"shape \(3, 4\) .* for 4 images"),
+        (lambda n: np.ones((n, 4, 1), np.float32), "shape"),
+        (lambda n: np.ones(n, np.float32), "shape"),
+        (lambda n: np.ones((n, 0), np.float32), "shape"),
+        (lambda n: np.full((n, 4), "x"), "type <U1"),
+        (lambda n: np.full((n, 4), None), "type object"),
+        (lambda n: None, "type object"),
+    ],
+)
+def test_an_encoder_that_returns_no_row_of_numbers_an_image(returned, cause):
+    encoder = BatchedEncoder(lambda pixels: returned(len(pixels)), 4, "the encoder 'm'")
+    with pytest.raises(VisualMemoryError, match=f"the encoder 'm' returned an array of .*{cause}"):
+        encoder(np.zeros((2, 8, 8, 3), np.uint8))
+
+
+def test_an_encoder_whose_dimension_changes():
+    sizes = iter((4, 5))
+    encoder = BatchedEncoder(lambda p: np.ones((len(p), next(sizes)), np.float32), 2)
+    with pytest.raises(VisualMemoryError, match="returned 5 dimensions, and 4 before"):
+        encoder(np.zeros((4, 8, 8, 3), np.uint8))
+
+
+def test_a_smaller_batch_is_recorded():
+    """The last bits of an embedding may depend on the shape of its batch."""
+
+    def embed(pixels):
+        if len(pixels) > 2:
+            raise MemoryError("device")
+        return np.ones((len(pixels), 4), np.float32)
+
+    file = io.BytesIO()
+    Image.new("RGB", (300, 300)).save(file, "PNG")
+    records = [ImageRecord(str(n), 0, "s", file.getvalue()) for n in range(5)]
+    settings = encoders.parse({"kind": "saved_model", "path": "m", "batch_size": 8})
+    encoder = BatchedEncoder(embed, 8)
+    small = embed_records(records, lambda: encoder, settings, ImageSettings())
+    assert small.batch_size == 2
+    assert gather([small, Embedded.nothing()])[0].batch_size == 2
+
+
 def test_gathering_does_not_depend_on_the_order():
     parts = [
         Embedded(block_of(["a", "b", "a"], [2, 1, 1]), (Rejected("x", "s", "1"),)),
@@ -362,11 +439,14 @@ def test_gathering_does_not_depend_on_the_order():
         Embedded.nothing(),
     ]
     expected, duplicates = gather(parts)
-    assert expected.block.ids.tolist() == ["a", "b", "c"]
-    assert expected.block.labels.tolist() == [1, 0, 5]
-    assert [item.reason for item in expected.rejected] == ["1", "2"]
-    assert duplicates == 4
-    assert sum(len(p.block) + len(p.rejected) for p in parts) == 3 + 2 + duplicates
+    assert expected.block.ids.tolist() == ["c"]
+    assert expected.block.labels.tolist() == [5]
+    conflicts = [(item.id, item.images) for item in expected.rejected if "differ" in item.reason]
+    assert conflicts == [("a", 3), ("b", 2)]
+    assert [item.reason for item in expected.rejected if item.id == "x"] == ["1", "2"]
+    assert duplicates == 1
+    read = sum(len(p.block) + len(p.rejected) for p in parts)
+    assert read == 1 + count_images(expected.rejected) + duplicates
     for seed in range(6):
         shuffled = random.Random(seed).sample(parts, len(parts))
         found, count = gather(shuffled)

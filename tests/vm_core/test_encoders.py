@@ -315,7 +315,7 @@ def test_mixed_precision_of_a_backbone_is_close(dinov2):
     assert full.fingerprint() != mixed.fingerprint()
 
 
-def test_each_family_has_its_preprocessing():
+def test_each_family_has_its_preprocessing(tmp_path):
     dinov2, clip = hub("a", "dinov2"), hub("a", "clip")
     assert dinov2.effective_preprocessing() == Preprocessing(resize=256, crop=224, **IMAGENET)
     assert clip.effective_preprocessing() == Preprocessing(
@@ -326,7 +326,31 @@ def test_each_family_has_its_preprocessing():
     )
     given = hub("a", "clip", preprocessing={"crop": 100})
     assert given.effective_preprocessing() == Preprocessing(crop=100)
-    assert len({encoder.fingerprint() for encoder in (dinov2, clip, given)}) == 3
+    (tmp_path / "config.json").write_text("{}")
+    folders = [
+        encoder.model_copy(update={"path": str(tmp_path)}) for encoder in (dinov2, clip, given)
+    ]
+    assert len({encoder.fingerprint() for encoder in folders}) == 3
+
+
+def test_a_name_of_a_hub_is_digested_by_the_weights_behind_it(dinov2, monkeypatch):
+    """A hub may have other weights under a name tomorrow."""
+    encoder = hub("hf://somebody/dino", "dinov2")
+    backbone = hub(dinov2[1], "dinov2")._backbone("float32")
+    monkeypatch.setattr(type(encoder), "_backbone", lambda self, dtype: backbone)
+    first = encoder.fingerprint()
+    assert encoder.fingerprint() == first
+    weight = backbone.weights[3]
+    weight.assign(weight + 1e-6)
+    assert encoder.fingerprint() != first
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "deep/part.weights.h5"])
+def test_every_file_with_weights_is_digested_on_any_store(bucket, name):
+    storage.write_bytes(f"{bucket}/preset/{name}", b"1")
+    first = hub(f"{bucket}/preset", "dinov2").fingerprint()
+    storage.write_bytes(f"{bucket}/preset/{name}", b"2")
+    assert hub(f"{bucket}/preset", "dinov2").fingerprint() != first
 
 
 def test_preset_fingerprint_follows_the_weights(dinov2, tmp_path):

@@ -305,7 +305,7 @@ def test_gif_frame_larger_than_its_screen_is_refused():
     """The header says 1 x 1, the frame inside it 60000 x 60000."""
     frame = b"\x2c" + struct.pack("<HHHHB", 0, 0, 60000, 60000, 0) + b"\x02\x02\x4c\x01\0\x3b"
     data = b"GIF89a" + struct.pack("<HHBBB", 1, 1, 0x80, 0, 0) + bytes(6) + frame
-    with pytest.raises(BadImage, match=r"^too large: 60000 x 60000"):
+    with pytest.raises(BadImage, match="^too large: "):
         decode(data)
 
 

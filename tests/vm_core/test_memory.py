@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from vm_core import encoders, index, memory, storage
+from vm_core.encoders import _trust
 from vm_core.errors import VisualMemoryError
 from vm_core.indexing import PartitionEntry
 from vm_core.memory import Manifest, Memory, ShardEntry, publish
@@ -271,6 +272,12 @@ def test_a_damaged_manifest(root, manifest, damage):
 def test_the_encoder_must_be_the_memory_s(root, manifest, tmp_path):
     publish(root, manifest)
     opened = Memory(root)
+    # A model is a program: one that only the memory names does not run.
+    with pytest.raises(
+        VisualMemoryError, match="you have not used before.*--encoder PATH.*inspect"
+    ):
+        opened.encoder()
+    _trust.trust(manifest.encoder_fingerprint)
     assert opened.encoder().path == manifest.encoder.path
     moved = tmp_path / "moved"
     (tmp_path / "model").rename(moved)

@@ -16,7 +16,8 @@ def damages(data: bytes):
     for place in sorted(place for place in places if place < len(data)):
         for bit in range(8):
             yield data[:place] + bytes([data[place] ^ 1 << bit]) + data[place + 1 :]
-    yield from (data[:end] for end in (0, 1, 64, 65, len(data) // 2, len(data) - 1))
+    ends = {0, 1, 64, 65, len(data) // 2, len(data) - 1}
+    yield from (data[:end] for end in sorted(ends) if end < len(data))
     yield from (data + b"x", data * 2, b"\0" * len(data))
 
 

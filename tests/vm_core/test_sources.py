@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import hashlib
+import itertools
 import os
 from itertools import pairwise
 from pathlib import Path
@@ -12,11 +14,14 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from vm_core import sources, storage, tfrecord
+from vm_core import plugins, sources, storage, tfrecord
+from vm_core.building import BuildConfig
 from vm_core.classes import ClassTable
 from vm_core.errors import VisualMemoryError
+from vm_core.evaluation import EvaluationConfig
 from vm_core.example_proto import Example
-from vm_core.records import UNKNOWN, ImageRecord, Rejected
+from vm_core.failures import check_failures, count_reasons
+from vm_core.records import UNKNOWN, ImageRecord, Rejected, count_images
 from vm_core.sources import Source
 
 
@@ -457,8 +462,103 @@ def test_tfrecord_damage_costs_the_rest_of_one_file(tmp_path, damaged, share):
     (lost,) = [item for item in found if isinstance(item, Rejected)]
     assert lost.id == f"{path}#{damaged}"
     assert lost.source == "set"
-    assert lost.reason.startswith(f"rest of the file lost: {path}: record {damaged} (counted from")
+    expected = (5 - damaged) * (share[1] - share[0]) if damaged else 1
+    assert lost.images == max(1, round(expected))
+    about = f"about {lost.images:,} records by its size: {path}: record {damaged} (counted from"
+    assert lost.reason.startswith(f"rest of the file lost: {about}")
     assert "checksum of its data does not match" in lost.reason
+
+
+@pytest.mark.parametrize("cause", ["damage", "read error"])
+def test_what_is_lost_of_a_tfrecord_counts_in_full(tmp_path, monkeypatch, cause):
+    """10 of 500 records can be read: 98% failed, not one of eleven."""
+    records = [imagenet(i, 0) for i in range(500)]
+    path = write(tmp_path / "set" / "a", *records)
+    if cause == "damage":
+        data = bytearray(path.read_bytes())
+        data[sum(len(record) + 16 for record in records[:10]) + 30] ^= 1
+        path.write_bytes(data)
+    else:
+        read_records = tfrecord.read_records
+
+        def broken(file, compression=None):
+            yield from itertools.islice(read_records(file, compression=compression), 10)
+            raise OSError(errno.EIO, "Input/output error")
+
+        monkeypatch.setattr(tfrecord, "read_records", broken)
+    found = read(source_of("tfrecord", path))
+    assert len(found) == 11
+    assert abs(found[-1].images - 490) <= 25
+    with pytest.raises(VisualMemoryError, match=r"\d+ of 5\d\d images \(9\d.\d%\) are unusable"):
+        lost = count_images(found[10:])
+        check_failures(10 + lost, lost, count_reasons(found[10:]), 0.01, "tables")
+
+
+def test_sources_of_the_same_name_are_refused(tmp_path):
+    """Their images would share ids, and one of each pair would be lost as a duplicate."""
+    for folder in ("pets/train", "birds/train"):
+        (tmp_path / folder / "cat").mkdir(parents=True)
+        (tmp_path / folder / "cat" / "1.png").write_bytes(folder.encode())
+    pets, birds = ({"kind": "folder", "path": f"{tmp_path}/{n}/train"} for n in ("pets", "birds"))
+    with pytest.raises(ValueError, match=r"pets/train' and '.*birds/train' have .*key name"):
+        sources.parse_all([pets, birds])
+    sources.parse_all([pets, birds | {"name": "birds"}])
+    sources.parse_all([pets | {"share": [0, 0.5]}, pets | {"share": [0.5, 1]}])
+    for settings in ({"name": "train", "path": "x"}, {"path": f"{tmp_path}/birds/train/"}):
+        with pytest.raises(ValueError, match="have the same name"):
+            sources.parse_all([pets, {"kind": "folder"} | settings])
+    for config in (BuildConfig, EvaluationConfig):
+        key = "sources" if config is BuildConfig else "queries"
+        settings = {
+            "memory": "m",
+            "encoder": {"kind": "saved_model", "path": "e"},
+            key: [pets, birds],
+        }
+        if config is EvaluationConfig:
+            settings = {"memory": "m", "output": "o", key: [pets, birds]}
+        with pytest.raises(VisualMemoryError, match="have the same name 'train'"):
+            plugins.validate(config, settings, "options")
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["http://127.0.0.1:1/a.png", "zip://a.png::file:///etc/x.zip", "ftp://h/a", "gs://b::x/a"],
+)
+def test_a_manifest_names_files_and_buckets_only(tmp_path, path):
+    (tmp_path / "list.csv").write_text(f"path,label\n{path},cat\n")
+    (found,) = read(source_of("manifest", tmp_path / "list.csv"))
+    assert found.reason.startswith(f"the manifest's row names {path!r}: only local files and")
+
+
+@pytest.mark.parametrize(
+    "column, values, cause",
+    [
+        ("label", pa.array([0.0, float("nan")]), "column 'label', row 1 .*: nan is neither"),
+        ("label", pa.array([0.5, 1.0]), "column 'label', row 0 .*: 0.5 is neither"),
+        ("label", pa.array([1, 2], pa.timestamp("ns")), r"'label' holds timestamp\[ns\], not text"),
+        ("path", pa.array([b"a", b"\xff"]), "'path' holds binary, not text"),
+        ("label", pa.array([["a"], ["b"]]), "'label' holds list"),
+    ],
+)
+def test_columns_of_a_manifest_are_text_or_whole_numbers(tmp_path, column, values, cause):
+    columns = {"path": pa.array(["a", "b"]), "label": pa.array(["x", "y"]), column: values}
+    pa.parquet.write_table(pa.table(columns), tmp_path / "list.parquet")
+    with pytest.raises(VisualMemoryError, match=cause):
+        source_of("manifest", tmp_path / "list.parquet").listing()
+
+
+def test_whole_numbers_of_any_type_are_labels(tmp_path):
+    columns = {"path": pa.array(["a", "b"]), "label": pa.array([7.0, 8.0])}
+    pa.parquet.write_table(pa.table(columns), tmp_path / "list.parquet")
+    assert source_of("manifest", tmp_path / "list.parquet").listing().class_keys == ["7", "8"]
+
+
+def test_a_folder_that_links_lead_around_in_is_read_once(tmp_path):
+    (tmp_path / "set" / "cat").mkdir(parents=True)
+    (tmp_path / "set" / "cat" / "1.png").write_bytes(b"1")
+    (tmp_path / "set" / "cat" / "up").symlink_to(tmp_path / "set")
+    (tmp_path / "set" / "again").symlink_to("cat")
+    assert ids(source_of("folder", tmp_path / "set")) == ["set/cat/1.png"]
 
 
 def test_tfrecord_truncated_or_no_tfrecord_at_all(tmp_path):
@@ -504,7 +604,7 @@ def test_tfrecord_small_files_share_a_split(tmp_path, monkeypatch):
     whole = sum(path.stat().st_size for path in tmp_path.iterdir())
     monkeypatch.setattr("vm_core.sources.tfrecord._BYTES_PER_SPLIT", whole * 13 // 42)
     source = source_of("tfrecord", tmp_path / "*")
-    found = [[int(Path(item).name) for item in split.items] for split in source.listing().splits]
+    found = [[int(Path(path).name) for path, _ in split.items] for split in source.listing().splits]
     assert found == [[0], [1, 2, 3, 4], [5], [6]]
     assert len(set(ids(source))) == sum(sizes)
 

@@ -33,7 +33,7 @@ def make_partition(vectors):
 
 
 def table(ids, values):
-    return pa.table([ids, np.asarray(values, np.float32)], schema=WEIGHTS_SCHEMA)
+    return pa.table([ids, np.asarray(values, np.float64)], schema=WEIGHTS_SCHEMA)
 
 
 @settings(max_examples=80, deadline=None, derandomize=True)
@@ -150,7 +150,7 @@ def test_an_index_that_finds_too_little_is_not_asked_forever():
 def test_weights_by_row():
     partition = make_partition(unit(np.random.default_rng(0), 5))
     weighted = apply(partition, table(["item 0003", "item 0001"], [0.25, 1.5]))
-    assert weighted.weights.dtype == np.float32
+    assert weighted.weights.dtype == np.float64
     assert weighted.weights.tolist() == [1, 1.5, 1, 0.25, 1]
     assert weighted.search is partition.search and weighted.members is partition.members
     assert apply(partition, table([], [])).weights.tolist() == [1] * 5

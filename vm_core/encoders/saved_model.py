@@ -29,7 +29,8 @@ class Plugin(Encoder):
         self._check_folder()
         # fingerprint.pb is left out: writing the same model again changes it.
         digest = digest_files(
-            self.path, lambda name: name == "saved_model.pb" or name.startswith("variables/")
+            self.path,
+            lambda name: name == "saved_model.pb" or name.startswith(("variables/", "assets/")),
         )
         return f"{digest} {self.output}"
 

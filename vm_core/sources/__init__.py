@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from pydantic import Field, model_validator
 
-from vm_core import plugins
+from vm_core import plugins, storage
 from vm_core.classes import ClassTable
 from vm_core.records import ImageRecord, Rejected, unit_interval
 
@@ -22,7 +22,7 @@ IMAGES_PER_SPLIT = 512
 class Split(NamedTuple):
     """A piece of a source that one worker reads at once.
 
-    items: what the reader needs to find its images, plain strings, bytes and numbers.
+    items: what the reader needs to find its images; tuples, strings, bytes and numbers.
     version: digest of the sizes and change times of the files behind it.
     images: how many images it has, None if that takes reading it.
     """
@@ -58,6 +58,15 @@ class Source(plugins.Settings):
     name: str = ""
     share: tuple[float, float] = Field((0.0, 1.0))
 
+    @property
+    def effective_name(self) -> str:
+        """What begins the ids of this source: ``name``, or the last folder of the path."""
+        return self.name or self._folder().rpartition("/")[2] or self.kind
+
+    def _folder(self) -> str:
+        """The folder that the source is named after."""
+        return storage.absolute(self.path).rstrip("/")
+
     @model_validator(mode="after")
     def _check_share(self) -> Source:
         low, high = self.share
@@ -92,6 +101,27 @@ class Source(plugins.Settings):
 def parse(settings: Any) -> Source:
     """The reader that settings describe. Raises VisualMemoryError."""
     return plugins.configure(__name__, settings, Source)
+
+
+def parse_all(settings: Any) -> tuple[Source, ...]:
+    """The readers of a configuration.
+
+    Raises ValueError if ``settings`` is no list, and if the images of two sources would get
+    the same ids.
+    """
+    if not isinstance(settings, list | tuple):
+        raise ValueError("must be a list of sources, each with kind and path")
+    readers = tuple(parse(each) for each in settings)
+    by_name: dict[str, Source] = {}
+    for reader in readers:
+        first = by_name.setdefault(reader.effective_name, reader)
+        if (first.kind, first.path) != (reader.kind, reader.path):
+            raise ValueError(
+                f"the sources {first.path!r} and {reader.path!r} have the same name "
+                f"{reader.effective_name!r}, so their images could have the same ids. Give one of "
+                "them another name with the key name"
+            )
+    return readers
 
 
 def from_argument(argument: str) -> Source:

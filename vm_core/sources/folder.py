@@ -51,7 +51,7 @@ class Plugin(Source):
 
     def read(self, split: Split, classes: ClassTable) -> Iterator[ImageRecord | Rejected]:
         root = self._root()
-        name = self.name or root.rpartition("/")[2]
+        name = self.effective_name
         for path in map(os.fsdecode, split.items):
             label = classes.label(_shown(path).split("/", 1)[0])
             yield ImageRecord(f"{name}/{_shown(path)}", label, name, storage.join(root, path))

@@ -13,17 +13,28 @@ import pyarrow.parquet
 
 from vm_core import storage
 from vm_core.classes import ClassTable, read_class_list
-from vm_core.errors import VisualMemoryError
+from vm_core.errors import UnreachableError, VisualMemoryError
 from vm_core.records import ImageRecord, Rejected
 from vm_core.sources import IMAGES_PER_SPLIT, Listing, Source, Split, in_groups
+
+_USABLE = (
+    pa.types.is_string,
+    pa.types.is_large_string,
+    pa.types.is_string_view,
+    pa.types.is_integer,
+    pa.types.is_boolean,
+    pa.types.is_null,
+)
+_SCHEMES = ("file", "gs", "gcs", "s3", "az", "abfs", "memory")
 
 
 class Plugin(Source):
     """Reads the images that a table lists.
 
-    Paths are relative to ``root``, which is the manifest's own folder if not given; URLs
-    and absolute paths stand for themselves. On a bucket, an image that is replaced under
-    its old name goes unnoticed in a rerun: asking for every one's date takes too long.
+    Paths are relative to ``root``, which is the manifest's own folder if not given; absolute
+    paths and URLs of files and buckets stand for themselves. Labels are text or whole
+    numbers. On a bucket, an image that is replaced under its old name goes unnoticed in a
+    rerun: asking for every one's date takes too long.
     The id is NAME/ followed by the id column, or by the path where there is none.
     ``split`` keeps the rows with that value in ``split_column``.
     """
@@ -76,8 +87,7 @@ class Plugin(Source):
         )
 
     def read(self, split: Split, classes: ClassTable) -> Iterator[ImageRecord | Rejected]:
-        folder, _, file = storage.absolute(self.path).rpartition("/")
-        name = self.name or folder.rpartition("/")[2] or file
+        name = self.effective_name
         root = self._root()
         for id, path, label in split.items:
             full_id = f"{name}/{id or path}"
@@ -85,8 +95,13 @@ class Plugin(Source):
                 yield Rejected(full_id, name, f"the manifest's row has no {self.path_column}")
             elif not label:
                 yield Rejected(full_id, name, f"the manifest's row has no {self.label_column}")
+            elif refusal := _refusal(path):
+                yield Rejected(full_id, name, refusal)
             else:
                 yield ImageRecord(full_id, classes.label(label), name, _locate(root, path))
+
+    def _folder(self) -> str:
+        return storage.absolute(self.path).rpartition("/")[0]
 
     def _version(self, rows: list[tuple[str, str, str]]) -> str:
         root = self._root()
@@ -106,15 +121,46 @@ class Plugin(Source):
                 if self.path.endswith(".parquet"):
                     return pyarrow.parquet.read_table(file)
                 return pyarrow.csv.read_csv(file, convert_options=_as_text(file))
+        except UnreachableError:
+            raise
         except (ValueError, OSError) as error:
             raise VisualMemoryError(
                 f"manifest {self.path!r} cannot be read: {error}. It must be CSV with a header "
                 "line, or Parquet"
             ) from error
 
-    @staticmethod
-    def _column(table: pa.Table, name: str) -> list[str]:
-        return ["" if v is None else str(v).strip() for v in table.column(name).to_pylist()]
+    def _column(self, table: pa.Table, name: str) -> list[str]:
+        """A column as text, '' for null. Raises VisualMemoryError if its type is of no use."""
+        column = table.column(name)
+        kind = column.type
+        if pa.types.is_dictionary(kind):
+            kind = kind.value_type
+        if pa.types.is_floating(kind):
+            numbers = column.to_pylist()
+            for row, number in enumerate(numbers):
+                if number is not None and not float(number).is_integer():
+                    raise VisualMemoryError(
+                        f"manifest {self.path!r}, column {name!r}, row {row} (counted from 0): "
+                        f"{number} is neither text nor a whole number. Give text or whole numbers"
+                    )
+            return ["" if number is None else str(int(number)) for number in numbers]
+        if not any(is_usable(kind) for is_usable in _USABLE):
+            raise VisualMemoryError(
+                f"manifest {self.path!r}: column {name!r} holds {kind}, not text or whole numbers. "
+                "Write it as text"
+            )
+        return ["" if v is None else str(v).strip() for v in column.to_pylist()]
+
+
+def _refusal(path: str) -> str | None:
+    """Why a row's path is not read: another program or machine would be asked for it."""
+    scheme, separator, rest = path.partition("://")
+    if separator and (scheme not in _SCHEMES or "::" in rest):
+        return (
+            f"the manifest's row names {path!r}: only local files and "
+            f"{', '.join(f'{each}://' for each in _SCHEMES)} are read"
+        )
+    return None
 
 
 def _locate(root: str, path: str) -> str:

@@ -9,13 +9,14 @@ from typing import Any, Literal
 
 from vm_core import storage, tfrecord
 from vm_core.classes import ClassTable, read_class_list
-from vm_core.errors import VisualMemoryError
+from vm_core.errors import UnreachableError, VisualMemoryError
 from vm_core.example_proto import Example
 from vm_core.records import UNKNOWN, ImageRecord, Rejected
 from vm_core.sources import Listing, Source, Split
 
 _BYTES_PER_SPLIT = 64 << 20
 _LARGE_FILE = 1 << 30
+_USUAL_RECORD = 110_000  # bytes, ImageNet's mean
 
 _log = logging.getLogger(__name__)
 
@@ -54,19 +55,44 @@ class Plugin(Source):
         return Listing(list(_pack(files)), list(names) if self.class_list else None, names)
 
     def read(self, split: Split, classes: ClassTable) -> Iterator[ImageRecord | Rejected]:
-        folder = storage.absolute(self.path).rpartition("/")[0]
-        name = self.name or folder.rpartition("/")[2]
+        name = self.effective_name
         keys = list(read_class_list(self.class_list)) if self.class_list else None
-        for path in split.items:
-            number = 0
+        read_bytes = read_records = 0
+        for path, size in split.items:
+            number = done = 0
             try:
                 with storage.open_read(path) as file:
                     for data in tfrecord.read_records(file, compression=_compression(path)):
                         yield self._parse(data, f"{path}#{number}", name, keys, classes)
                         number += 1
+                        done += tfrecord.OVERHEAD_BYTES + len(data)
+            except UnreachableError:
+                raise
             except (tfrecord.CorruptRecordError, OSError) as error:
                 # Where one record is damaged, the place of the next is not known.
-                yield Rejected(f"{path}#{number}", name, f"rest of the file lost: {error}")
+                lost = self._lost(path, size, done, read_bytes + done, read_records + number)
+                yield Rejected(
+                    f"{path}#{number}",
+                    name,
+                    f"rest of the file lost: about {lost:,} records by its size: {error}",
+                    lost,
+                )
+            read_bytes, read_records = read_bytes + done, read_records + number
+
+    def _lost(self, path: str, size: int, done: int, read_bytes: int, records: int) -> int:
+        """About how many records of the share are in the unread rest of a file of ``size`` bytes.
+
+        done: bytes of the file that were read, decompressed. The others are of all files so
+        far, from which the size of a record follows.
+        """
+        mean = read_bytes / records if records else _USUAL_RECORD
+        if _compression(path):
+            size = max(size, done)  # of images, which compress little
+        low, high = self.share
+        return max(1, round((size - done) / mean * (high - low)))
+
+    def _folder(self) -> str:
+        return storage.absolute(self.path).rpartition("/")[0]
 
     def _in_share(self, record: ImageRecord | Rejected) -> bool:
         # What cannot be read has no id to go by: it is reported whatever the share.
@@ -122,4 +148,4 @@ def _pack(files: list[storage.FileInfo]) -> Iterator[Split]:
 
 def _split(files: list[storage.FileInfo]) -> Split:
     version = hashlib.sha256(repr([(f.path, f.size, f.version) for f in files]).encode())
-    return Split(tuple(file.path for file in files), version.hexdigest(), None)
+    return Split(tuple((file.path, file.size) for file in files), version.hexdigest(), None)
