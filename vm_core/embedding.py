@@ -175,7 +175,8 @@ def by_shard(embedded: Embedded, shards: int) -> Iterator[tuple[int, Embedded]]:
         rejected.setdefault(shard_of(item.id, shards), []).append(item)
     for shard in sorted({*row_shard.tolist(), *rejected}):
         rows = np.flatnonzero(row_shard == shard)
-        yield shard, Embedded(embedded.block.take(rows), tuple(rejected.get(shard, ())))
+        part = embedded.block.take(rows), tuple(rejected.get(shard, ()))
+        yield shard, Embedded(*part, embedded.batch_size if len(rows) else 0)
 
 
 def gather(parts: Iterable[Embedded]) -> tuple[Embedded, int]:

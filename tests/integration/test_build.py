@@ -360,7 +360,7 @@ def test_missing_rows_of_a_partition_are_noticed(memory, tmp_path):
     moved = Memory(str(shutil.copytree(memory.root, tmp_path / "copy")))
     path = moved.path(f"{moved.manifest.partitions[0].folder}/vectors.npy")
     np.save(path, np.load(path)[:-1])
-    with pytest.raises(VisualMemoryError, match="files are missing or cut off"):
+    with pytest.raises(VisualMemoryError, match="vectors.npy is damaged"):
         moved.open_partition(0)
 
 

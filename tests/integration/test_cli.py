@@ -195,7 +195,7 @@ def test_classify_tells_of_images_that_fail(run, memory, photo, tmp_path):
 
 
 def test_k_must_count_something(memory, photo):
-    with pytest.raises(VisualMemoryError, match="k = 0: at least one neighbour must vote"):
+    with pytest.raises(VisualMemoryError, match="k = 0 is not from 1 to 10000"):
         classify(memory, [str(photo)], k=0)
 
 

@@ -198,6 +198,7 @@ def test_counts_and_unknown_classes(evaluated):
         "id": "held-out/iris/broken.png",
         "source": "held-out",
         "reason": "the file is empty (0 bytes)",
+        "images": 1,
     }
 
 
@@ -213,7 +214,7 @@ def test_what_is_written(memory, evaluated):
         "report.html",
     }
     assert not list(Path(plan.output).glob("work/*"))
-    stored = json.loads(Path(plan.path("metrics.json")).read_text())
+    stored = sealed.verify(Path(plan.path("metrics.json")).read_bytes())
     assert stored == results
     assert results["memory"]["rows"] == 32 and results["memory"]["classes"] == 4
     assert results["memory"]["content_digest"] == memory.manifest.content_digest

@@ -269,10 +269,11 @@ def test_a_damaged_manifest(root, manifest, damage):
         Memory(root)
 
 
-def test_the_encoder_must_be_the_memory_s(root, manifest, tmp_path):
+def test_the_encoder_must_be_the_memory_s(root, manifest, tmp_path, monkeypatch):
     publish(root, manifest)
     opened = Memory(root)
     # A model is a program: one that only the memory names does not run.
+    monkeypatch.setenv(_trust.VARIABLE, str(tmp_path / "trusted"))
     with pytest.raises(
         VisualMemoryError, match="you have not used before.*--encoder PATH.*inspect"
     ):

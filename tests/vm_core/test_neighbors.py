@@ -38,7 +38,7 @@ def make_block(queries=20, k=7, seed=0, ragged=True, sets=False, dtype=np.float6
         label_sets[0] = [1, 2, 3]
         query_labels = label_sets[:, 0].copy()
     query_ids = strings([f'q"{seed}/{i}\u00e9' for i in range(queries)])
-    weights = rng.choice(np.float32([0.25, 1, 1.75]), (queries, k)) if weighted else None
+    weights = rng.choice([0.25, 1, 1.75], (queries, k)) if weighted else None
     return Neighbors(query_ids, query_labels, ids, labels, distances, label_sets, weights)
 
 
@@ -231,7 +231,7 @@ def test_weights_stay_with_their_neighbours():
     assert weights(block.first(9)) == weights(block)
     plain = make_block(seed=2, k=3)
     both = Neighbors.concatenate([block, plain])
-    assert both.weights.dtype == np.float32 and both.weights.shape == both.ids.shape
+    assert both.weights.dtype == np.float64 and both.weights.shape == both.ids.shape
     assert weights(both)[:20] == weights(block)
     assert all(set(row.values()) <= {1.0} for row in weights(both)[20:])
 

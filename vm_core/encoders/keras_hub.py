@@ -54,8 +54,7 @@ class Plugin(Encoder):
         return _digest_weights(self._backbone("float32"))
 
     def _is_folder(self) -> bool:
-        store = "://" in self.path and not self.path.startswith(_HUBS)
-        return store or storage.is_directory(self.path)
+        return not self.path.startswith(_HUBS) and storage.is_directory(self.path)
 
     def load(self) -> Embed:
         from vm_core.encoders._tensorflow import compile_embed, has_gpu
