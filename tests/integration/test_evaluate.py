@@ -23,7 +23,7 @@ from tests.integration.harness import (
     table,
     write_config,
 )
-from vm_core import embedding, shards
+from vm_core import embedding, sealed, shards
 from vm_core.analysis import analyze
 from vm_core.embedding import BatchedEncoder
 from vm_core.errors import VisualMemoryError
