@@ -9,13 +9,12 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from rich.console import Console
-
 from pipelines import commands
 from vm_core import storage, summary
 from vm_core.analysis import analyze
 from vm_core.errors import VisualMemoryError
 from vm_core.pruning import HARD_THRESHOLD
+from vm_core.terminal import console
 
 
 def command(arguments: Sequence[str]) -> None:
@@ -58,7 +57,7 @@ def command(arguments: Sequence[str]) -> None:
         options.paper_exact,
         out_dir=options.out,
     )
-    Console().print(summary.of_analysis(results, options.out))
+    console().print(summary.of_analysis(results, options.out))
 
 
 if __name__ == "__main__":

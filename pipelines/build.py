@@ -11,15 +11,16 @@ from collections.abc import Sequence
 from functools import partial
 
 import apache_beam as beam
-from rich.console import Console
 
 from pipelines import commands, index, running
 from pipelines.embedding import embed
 from pipelines.measuring import measured
+from pipelines.reporting import reported
 from vm_core import building, config, split_files, storage, summary
 from vm_core.building import BuildConfig, BuildPlan
 from vm_core.memory import Memory
 from vm_core.records import Embedded
+from vm_core.terminal import console
 
 
 def define_pipeline(root: beam.Pipeline, plan: BuildPlan, files: Sequence[str]) -> None:
@@ -48,12 +49,12 @@ def define_pipeline(root: beam.Pipeline, plan: BuildPlan, files: Sequence[str]) 
     done = (
         root
         | "Finished" >> beam.Create(sorted(finished), reshuffle=False)
-        | "ReadEntries" >> beam.Map(partial(building.read_entry, plan))
+        | "ReadEntries" >> beam.Map(reported(partial(building.read_entry, plan)))
     )
     entries = (written, done) | "AllShards" >> beam.Flatten() | "List" >> beam.combiners.ToList()
     index.define_pipeline(
         root,
-        entries | "PlanIndex" >> beam.Map(partial(building.plan_index, plan)),
+        entries | "PlanIndex" >> beam.Map(reported(partial(building.plan_index, plan))),
         partial(building.publish, plan),
         entries,
     )
@@ -93,7 +94,7 @@ def command(arguments: Sequence[str]) -> None:
     options, beam_arguments = parser().parse_known_args(arguments)
     running.check_beam_arguments(beam_arguments)
     configuration = config.load(BuildConfig, options.config, options.set)
-    Console().print(summary.of_build(build(configuration, beam_arguments)))
+    console().print(summary.of_build(build(configuration, beam_arguments)))
 
 
 if __name__ == "__main__":

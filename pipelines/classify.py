@@ -10,8 +10,6 @@ import json
 import sys
 from collections.abc import Sequence
 
-from rich.console import Console
-
 from pipelines import commands
 from vm_core import storage, summary
 from vm_core.classification import classify
@@ -19,6 +17,7 @@ from vm_core.errors import VisualMemoryError
 from vm_core.gallery import Example
 from vm_core.memory import Memory
 from vm_core.report import render_explanations
+from vm_core.terminal import console as make_console
 from vm_core.voting import VOTERS
 
 
@@ -41,7 +40,7 @@ def command(arguments: Sequence[str]) -> None:
     options = parser.parse_args(arguments)
     memory = Memory(options.memory, trust_files=bool(options.trust_files))
     answers, rejected = classify(memory, options.images, options.voter, options.k, options.encoder)
-    console = Console(soft_wrap=True)
+    console = make_console(soft_wrap=True)
     for answer in answers:
         if options.json:
             print(json.dumps(_as_json(memory, answer)))

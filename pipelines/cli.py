@@ -6,7 +6,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from pipelines import commands
+from pipelines import signals
 
 COMMANDS = {
     "build": "read images, encode them, write shards and an index, publish a version",
@@ -26,6 +26,11 @@ USAGE = "usage: visual-memory COMMAND ...\n\n" + "".join(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point of the console script; returns the exit status."""
+    with signals.handled():
+        return _run(arguments)
+
+
+def _run(arguments: Sequence[str] | None) -> int:
     name, *rest = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     if name in ("-h", "--help"):
         print(USAGE + "\nvisual-memory COMMAND --help tells more of each.")
@@ -34,6 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: there is no command {name!r}\n\n{USAGE}", end="", file=sys.stderr)
         return 2
     # Each is imported when called: TensorFlow alone takes seconds.
+    from pipelines import commands
+
     command = importlib.import_module(f"pipelines.{name}").command
     return commands.main(command, rest)
 

@@ -7,12 +7,13 @@ import atexit
 import gc
 import logging
 import os
+import sys
 from collections.abc import Callable, Sequence
 
-from rich.console import Console
-
+from pipelines import signals
 from vm_core import logs
 from vm_core.errors import VisualMemoryError
+from vm_core.terminal import console
 
 EPILOG = (
     "--metrics-out=FILE.json (or .prom) writes what the stages did. --log-format=json makes every "
@@ -64,17 +65,30 @@ def main(
     # Beam logs a user's error with its traceback before it raises it.
     logging.getLogger("apache_beam").setLevel(logging.CRITICAL)
     try:
-        logs.configure(options.log_format, terminal=not logging.getLogger().handlers)
-        return command(arguments) or 0
+        with signals.handled():
+            logs.configure(options.log_format, terminal=not logging.getLogger().handlers)
+            status = command(arguments) or 0
+            sys.stdout.flush()
+            return status
     except VisualMemoryError as error:
-        if logs.chosen() == "json":
-            logging.getLogger(__name__).error("%s", error)
-            return 2
-        Console(stderr=True, soft_wrap=True, highlight=False).print(f"error: {error}", markup=False)
-        return 2
+        return _failed(str(error))
     except HandedOver as remark:
-        Console(stderr=True, soft_wrap=True, highlight=False).print(str(remark), markup=False)
+        console(stderr=True, soft_wrap=True, highlight=False).print(str(remark), markup=False)
         return 0
-    except KeyboardInterrupt:
-        Console(stderr=True).print("stopped; a rerun goes on where this one was")
-        return 130
+    except BrokenPipeError:  # who reads the output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 141
+    except OSError as error:
+        place = f" ({error.filename})" if error.filename else ""
+        return _failed(f"{error.strerror or error}{place}")
+    except MemoryError:
+        return _failed("not enough memory. Ask for less at a time, or use a larger machine")
+
+
+def _failed(text: str) -> int:
+    if logs.chosen() == "json":
+        logging.getLogger(__name__).error("%s", text)
+    else:
+        lines = console(stderr=True, soft_wrap=True, highlight=False)
+        lines.print(f"error: {text}", markup=False)
+    return 2

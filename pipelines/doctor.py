@@ -14,8 +14,6 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Any
 
-from rich.console import Console
-
 from pipelines import commands
 from pipelines.plan import whole
 from vm_core import config, doctor, plugins
@@ -25,6 +23,7 @@ from vm_core.errors import VisualMemoryError
 from vm_core.memory import Memory, current_version
 from vm_core.partitioning import Partitioning
 from vm_core.planning.workload import Workload
+from vm_core.terminal import console
 
 
 def flink(flink_version: str | None, job_server: str | None) -> Check:
@@ -106,7 +105,7 @@ def command(arguments: Sequence[str]) -> int:
     if options.json:
         print(json.dumps(doctor.as_json(results), indent=1))
     else:
-        Console().print(doctor.of_checks(results))
+        console().print(doctor.of_checks(results))
     return int(doctor.has_problem(results))
 
 

@@ -9,6 +9,7 @@ from apache_beam.utils.shared import Shared
 
 from pipelines import hints
 from pipelines.measuring import measured
+from pipelines.reporting import reported
 from vm_core import split_files
 from vm_core.embedding import BatchedEncoder, EmbedPlan, by_shard, embed_split
 from vm_core.encoders import Encoder
@@ -66,7 +67,7 @@ def embed(
     return (
         root
         | "SplitFiles" >> beam.Create(files)
-        | "Splits" >> beam.FlatMap(split_files.read)
+        | "Splits" >> beam.FlatMap(reported(split_files.read))
         | "SpreadSplits" >> beam.Reshuffle()
         | "Embed"
         >> beam.ParDo(EmbedSplits(plan, shards, missing)).with_resource_hints(

@@ -14,7 +14,6 @@ from typing import Any
 import apache_beam as beam
 import numpy as np
 from apache_beam.utils.shared import Shared
-from rich.console import Console
 
 from pipelines import commands, hints, running
 from pipelines.embedding import embed
@@ -25,6 +24,7 @@ from vm_core.errors import VisualMemoryError
 from vm_core.evaluation import EvaluationConfig, EvaluationPlan, Outcome, Part
 from vm_core.neighbors import Neighbors
 from vm_core.records import Embedded
+from vm_core.terminal import console
 
 
 class WithPartitions(beam.DoFn):
@@ -246,7 +246,7 @@ def command(arguments: Sequence[str]) -> None:
     plan, metrics = evaluate(configuration, beam_arguments)
     if options.export_neighbors:
         evaluation.export_neighbors(plan, options.export_neighbors)
-    Console().print(summary.of_evaluation(metrics, plan.output))
+    console().print(summary.of_evaluation(metrics, plan.output))
 
 
 if __name__ == "__main__":

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 import apache_beam as beam
+import numpy as np
 from apache_beam.pvalue import AsList, AsSingleton
 
 from pipelines import hints
 from pipelines.measuring import measured
+from pipelines.reporting import reported
 from vm_core import indexing, recall
 from vm_core.indexing import IndexPlan, PartitionEntry, Task
 from vm_core.memory import Manifest, ShardEntry
@@ -41,8 +43,7 @@ def define_pipeline(
         bundles
         | "Assign" >> beam.Map(measured("assign", _assign), the_plan, AsSingleton(trained))
         | "Counts" >> beam.combiners.ToList()
-        | "Partitions"
-        >> beam.FlatMap(lambda counts, plan: indexing.plan_partitions(plan, counts), the_plan)
+        | "Partitions" >> beam.FlatMap(reported(_plan_partitions), the_plan)
     )
     built = (
         tasks
@@ -54,7 +55,9 @@ def define_pipeline(
     )
     search_held_out = measured("recall", _search_held_out, lambda entry, *more: entry.folder)
     queries = (
-        built | "Built" >> beam.combiners.ToList() | "HeldOut" >> beam.Map(_held_out, the_plan)
+        built
+        | "Built" >> beam.combiners.ToList()
+        | "HeldOut" >> beam.Map(reported(_held_out), the_plan)
     )
     hits = (
         built
@@ -76,6 +79,10 @@ def _sample(bundle: int, plan: IndexPlan) -> None:
 
 def _train(sampled: list[None], plan: IndexPlan) -> None:
     indexing.train(plan)
+
+
+def _plan_partitions(counts: list[np.ndarray], plan: IndexPlan) -> list[Task]:
+    return indexing.plan_partitions(plan, counts)
 
 
 def _build(task: Task, plan: IndexPlan) -> PartitionEntry:

@@ -9,11 +9,10 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from rich.console import Console
-
 from pipelines import commands
 from vm_core import summary
 from vm_core.memory import Memory
+from vm_core.terminal import console
 
 
 def command(arguments: Sequence[str]) -> None:
@@ -46,7 +45,7 @@ def command(arguments: Sequence[str]) -> None:
     elif options.json:
         print(memory.manifest.model_dump_json(indent=1))
     else:
-        Console().print(summary.of_memory(memory, options.classes))
+        console().print(summary.of_memory(memory, options.classes))
 
 
 if __name__ == "__main__":

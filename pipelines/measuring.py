@@ -11,6 +11,7 @@ from apache_beam.metrics import Metrics
 from apache_beam.metrics.metric import MetricsFilter
 from apache_beam.runners.runner import PipelineResult
 
+from pipelines.reporting import reporting
 from vm_core import logs, progress
 from vm_core.measure import Recorder
 from vm_core.run_report import Distribution, RunMetrics
@@ -46,7 +47,7 @@ class _Measured:
             # In a worker's process. Beam's local runner drops what its processes log.
             logs.configure(self._log_format, terminal=progress.is_heard())
         recorder = Recorder(self._stage, self._shard(*arguments))
-        with recorder.active():
+        with recorder.active(), reporting():
             result = self._function(*arguments)
         if isinstance(result, Generator):
             return _stepwise(recorder, result)
@@ -62,7 +63,7 @@ def _number(element: Any, *_: Any) -> int | None:
 
 def _stepwise(recorder: Recorder, results: Iterator[Any]) -> Iterator[Any]:
     while True:
-        with recorder.active():
+        with recorder.active(), reporting():
             try:
                 result = next(results)
             except StopIteration:

@@ -10,8 +10,6 @@ import json
 import sys
 from collections.abc import Sequence
 
-from rich.console import Console
-
 from pipelines import commands
 from vm_core import plugins
 from vm_core.index.scann import REORDER_BYTES
@@ -20,6 +18,7 @@ from vm_core.planning import calibration, dataflow_options, worker_types
 from vm_core.planning import summary as plan_summary
 from vm_core.planning.planner import plan
 from vm_core.planning.workload import ITEM_BYTES, Workload
+from vm_core.terminal import console
 
 
 def whole(text: str) -> int:
@@ -95,7 +94,7 @@ def command(arguments: Sequence[str]) -> None:
     elif options.dataflow_options:
         print("\n".join(dataflow_options.of_plan(result)))
     else:
-        Console().print(plan_summary.of_plan(result))
+        console().print(plan_summary.of_plan(result))
 
 
 if __name__ == "__main__":

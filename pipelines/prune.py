@@ -14,7 +14,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 from rich import box
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -26,7 +26,7 @@ from vm_core.leave_one_out import LeaveOneOutConfig
 from vm_core.memory import Manifest, Memory
 from vm_core.pruning import PruneConfig
 from vm_core.score_tables import read_scores
-from vm_core.terminal import grid
+from vm_core.terminal import console, grid
 
 
 @dataclass(frozen=True)
@@ -255,12 +255,12 @@ def command(arguments: Sequence[str]) -> None:
     if options.undo:
         if options.memory is None:
             raise VisualMemoryError("--undo needs a memory. Give --memory MEMORY")
-        Console().print(_undo(options.memory, options.dry_run))
+        console().print(_undo(options.memory, options.dry_run))
         return
     overrides = {key: value for key, value in given.items() if value is not None}
     configuration = config.load(PruneConfig, options.config, options.set, overrides)
     pruned = prune(configuration, beam_arguments, options.dry_run)
-    Console().print(describe(pruned, configuration.evaluation.get("headline_k", 10)))
+    console().print(describe(pruned, configuration.evaluation.get("headline_k", 10)))
 
 
 if __name__ == "__main__":

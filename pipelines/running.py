@@ -7,7 +7,7 @@ import contextlib
 import io
 import logging
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import apache_beam as beam
 import grpc
@@ -21,19 +21,14 @@ from apache_beam.options.pipeline_options import (
 )
 from apache_beam.runners import create_runner
 from apache_beam.runners.portability.fn_api_runner import worker_handlers
-from rich.console import Console
 
-from pipelines import commands, hints, measuring
+from pipelines import commands, hints, measuring, reporting
 from vm_core import logs, progress, run_report, storage
 from vm_core.errors import VisualMemoryError
+from vm_core.terminal import console as make_console
 
 # The DirectRunner tries to download and start Prism first and falls back to this one.
 LOCAL_RUNNER = "FnApiRunner"
-
-# Workers that are threads would send what they have encoded once a second, from another
-# thread and without a lock: an element cut in two, which arrives as something else. At 0
-# they send when a buffer is full or the bundle ends, as workers that are processes do.
-worker_handlers.DATA_BUFFER_TIME_LIMIT_MS = 0
 
 _log = logging.getLogger(__name__)
 # Of this process, by the file that tells of them: a command may run several pipelines.
@@ -154,14 +149,14 @@ def run(
     options say that the pipeline's end is not waited for.
     """
     options = pipeline_options(arguments)
-    console = Console(stderr=True, quiet=logs.chosen() == "json")
+    console = make_console(stderr=True, quiet=logs.chosen() == "json")
     shown: contextlib.AbstractContextManager[None] = progress.display(stages, console)
     if _is_dataflow(options):  # says itself where the job can be watched, and how it fares
         logging.getLogger("apache_beam.runners.dataflow").setLevel(logging.INFO)
         shown = contextlib.nullcontext()
     with shown:
         try:
-            with beam.Pipeline(options=options) as pipeline:
+            with _whole_elements(), beam.Pipeline(options=options) as pipeline:
                 define(pipeline)
         except Exception as error:
             raise _for_the_user(error) or error from None
@@ -177,17 +172,27 @@ def run(
     return metrics
 
 
+@contextlib.contextmanager
+def _whole_elements() -> Iterator[None]:
+    """Workers that are threads send when a buffer is full or the bundle ends, during the block.
+
+    Otherwise they send once a second as well, from another thread and without a lock: an
+    element is cut in two and arrives as something else. Beam has no option for it.
+    """
+    before = worker_handlers.DATA_BUFFER_TIME_LIMIT_MS
+    worker_handlers.DATA_BUFFER_TIME_LIMIT_MS = 0
+    try:
+        yield
+    finally:
+        worker_handlers.DATA_BUFFER_TIME_LIMIT_MS = before
+
+
 def _for_the_user(error: Exception) -> VisualMemoryError | None:
-    """The VisualMemoryError inside what a runner made of it: itself, or a traceback's text."""
-    text = str(error)
-    if not isinstance(error, VisualMemoryError):
-        found = re.findall(
-            r"\bvm_core(?:\.\w+)+Error: (.*?)(?=\n\n|\nTraceback|\Z)", text, re.DOTALL
-        )
-        if not found:
-            return _given_up(error)
-        text = found[-1]
-    return VisualMemoryError(re.sub(r" \[while running '[^']*'\]\s*$", "", text.strip()))
+    """The error for the user in what a runner raised, None if it is a bug."""
+    if isinstance(error, VisualMemoryError):  # of this process
+        return error
+    text = reporting.find(str(error))
+    return _given_up(error) if text is None else VisualMemoryError(text)
 
 
 def _given_up(error: Exception) -> VisualMemoryError | None:

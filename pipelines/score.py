@@ -12,7 +12,6 @@ from functools import partial
 from typing import Any
 
 import apache_beam as beam
-from rich.console import Console
 
 from pipelines import commands, hints, running
 from pipelines.measuring import measured
@@ -20,6 +19,7 @@ from vm_core import config, leave_one_out, score_tables, storage
 from vm_core.errors import VisualMemoryError
 from vm_core.leave_one_out import LeaveOneOutConfig, LeaveOneOutPlan
 from vm_core.memory import Memory
+from vm_core.terminal import console
 
 
 def define_pipeline(root: beam.Pipeline, plan: LeaveOneOutPlan) -> None:
@@ -136,7 +136,7 @@ def command(arguments: Sequence[str]) -> None:
     given = {"memory": options.memory, "ks": options.k, "trust_files": options.trust_files}
     overrides = {key: value for key, value in given.items() if value is not None}
     configuration = config.load(LeaveOneOutConfig, options.config, options.set, overrides)
-    Console().print(score_tables.of_scores(run(configuration, beam_arguments)))
+    console().print(score_tables.of_scores(run(configuration, beam_arguments)))
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from typing import Any
 
 from vm_core import measure
 from vm_core.errors import VisualMemoryError
+from vm_core.terminal import printable
 
 FORMATS = ("text", "json")
 VARIABLE = "VISUAL_MEMORY_LOG_FORMAT"
@@ -66,9 +67,9 @@ class TextFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         recorder = measure.current()
         if recorder is None:
-            return f"{record.levelname} {super().format(record)}"
+            return f"{record.levelname} {printable(super().format(record))}"
         shard = "" if recorder.shard is None else f" {recorder.shard}"
-        return f"{record.levelname} {recorder.stage}{shard}: {super().format(record)}"
+        return f"{record.levelname} {recorder.stage}{shard}: {printable(super().format(record))}"
 
 
 class JsonFormatter(logging.Formatter):

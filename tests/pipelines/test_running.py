@@ -6,6 +6,7 @@ import apache_beam as beam
 import pytest
 
 from pipelines import running
+from pipelines.reporting import reported
 from vm_core.errors import VisualMemoryError
 from vm_core.tfrecord import CorruptRecordError
 
@@ -21,7 +22,7 @@ def failing(error):
             raise error
         return number
 
-    return lambda root: root | beam.Create(range(8)) | beam.Reshuffle() | beam.Map(work)
+    return lambda root: root | beam.Create(range(8)) | beam.Reshuffle() | beam.Map(reported(work))
 
 
 @pytest.mark.parametrize("arguments", MODES, ids=["in_memory", "multi_threading"])
