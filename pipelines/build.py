@@ -18,8 +18,10 @@ from pipelines.measuring import measured
 from pipelines.reporting import reported
 from vm_core import building, config, split_files, storage, summary
 from vm_core.building import BuildConfig, BuildPlan
+from vm_core.errors import VisualMemoryError
 from vm_core.memory import Memory
 from vm_core.records import Embedded
+from vm_core.sources import Split
 from vm_core.terminal import console
 
 
@@ -63,10 +65,29 @@ def define_pipeline(root: beam.Pipeline, plan: BuildPlan, files: Sequence[str]) 
 def build(configuration: BuildConfig, beam_arguments: Sequence[str] = ()) -> Memory:
     """Runs a build to its end, unless it is published already, and opens that version."""
     plan, splits = building.plan_build(configuration)
+    lock = f"{plan.embedding.checkpoints}.lock"
     if building.is_published(plan):
+        if storage.is_directory(plan.embedding.checkpoints):  # a run was stopped right before
+            with storage.exclusive(lock, "making the same build"):
+                building.remove_work(plan)
         return Memory(plan.root)
     running.check_reachable(beam_arguments, plan.root, *(s.path for s in plan.config.sources))
     storage.check_writable(plan.root)
+    with storage.exclusive(lock, "making the same build"):
+        try:
+            if not building.is_published(plan):
+                _run(plan, splits, beam_arguments)
+        except VisualMemoryError:
+            # On an object store another run may have finished the build, and removed what this
+            # one was working with.
+            if not building.is_published(plan):
+                raise
+    return Memory(plan.root)
+
+
+def _run(
+    plan: BuildPlan, splits: Sequence[tuple[int, Split]], beam_arguments: Sequence[str]
+) -> None:
     images = sum(plan.config.sources[i].expected(split) for i, split in splits)
     files = split_files.write(plan.embedding.checkpoints, splits)
     running.run(
@@ -75,7 +96,6 @@ def build(configuration: BuildConfig, beam_arguments: Sequence[str] = ()) -> Mem
         {"encode": images or None, "write": plan.config.shards, "index": 1},
         "build",
     )
-    return Memory(plan.root)
 
 
 def parser() -> argparse.ArgumentParser:

@@ -16,7 +16,7 @@ from typing import Any
 
 from pipelines import commands
 from pipelines.plan import whole
-from vm_core import config, doctor, plugins
+from vm_core import config, doctor, leftovers, plugins
 from vm_core.building import BuildConfig
 from vm_core.doctor import Check
 from vm_core.errors import VisualMemoryError
@@ -24,6 +24,7 @@ from vm_core.memory import Memory, current_version
 from vm_core.partitioning import Partitioning
 from vm_core.planning.workload import Workload
 from vm_core.terminal import console
+from vm_core.units import size
 
 
 def flink(flink_version: str | None, job_server: str | None) -> Check:
@@ -49,6 +50,20 @@ def flink(flink_version: str | None, job_server: str | None) -> Check:
     return Check("", "ok", found)
 
 
+def _leftovers(path: str, grace_hours: float, clean: bool) -> Check:
+    """What killed runs have left in a memory; removes it if asked to."""
+    found = leftovers.find(path, grace_hours)
+    if not found:
+        return Check("", "ok", f"none older than {grace_hours:g} hours")
+    total = size(sum(left.bytes for left in found))
+    listed = "".join(f"\n{left.path} ({size(left.bytes)})" for left in found[:10])
+    if clean:
+        leftovers.remove(found)
+        return Check("", "ok", f"removed {len(found):,}, {total}:{listed}")
+    remedy = "start the runs that left them again, or remove them with --clean"
+    return Check("", "warning", f"{len(found):,}, {total}:{listed}", remedy)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="visual-memory doctor",
@@ -63,6 +78,14 @@ def _parser() -> argparse.ArgumentParser:
     add("--rows-per-partition", type=whole, default=1_000_000, help="at most (default 1e6)")
     add("--flink-version", metavar="X.Y", help="of the cluster")
     add("--flink-job-server", metavar="JAR", help="file or URL of the job server")
+    add("--clean", action="store_true", help="removes what killed runs have left in the memory")
+    add(
+        "--grace-hours",
+        type=float,
+        default=leftovers.GRACE_HOURS,
+        metavar="H",
+        help="leftovers are what was not written to for so long (default 24)",
+    )
     add("--json", action="store_true", help="print JSON")
     return parser
 
@@ -101,6 +124,7 @@ def command(arguments: Sequence[str]) -> int:
     if path is not None:
         checks["credentials"] = lambda: doctor.credentials(path)
         checks["storage"] = lambda: doctor.access(path)
+        checks["leftovers"] = lambda: _leftovers(path, options.grace_hours, options.clean)
     results = doctor.examine(checks)
     if options.json:
         print(json.dumps(doctor.as_json(results), indent=1))

@@ -166,6 +166,13 @@ def run(
     if metrics is not None:
         return metrics
     check_places(plan, beam_arguments)
+    with storage.exclusive(plan.path(".lock"), "writing to the same folder"):
+        return results.finished(plan) or _run(plan, work, beam_arguments, name)
+
+
+def _run(
+    plan: EvaluationPlan, work: Sequence[Any], beam_arguments: Sequence[str], name: str
+) -> dict[str, Any]:
     results.remove_outdated(plan)
     queries = plan.config.queries
     known, files = 0, work

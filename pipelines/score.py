@@ -98,19 +98,24 @@ def run(
     if results is None:
         running.check_reachable(beam_arguments, memory.root)
         storage.check_writable(plan.path(""))
-        items, shards = int(plan.first_rows[-1]), len(plan.first_rows) - 1
-        running.run(
-            lambda root: define_pipeline(root, plan),
-            beam_arguments,
-            {"search": items, "visit": None, "score": items, "write": shards},
-            "score",
-        )
-        results = score_tables.finished_scores(plan)
+        with storage.exclusive(plan.work("").rstrip("/") + ".lock", "making the same scores"):
+            results = score_tables.finished_scores(plan) or _run(plan, beam_arguments)
     else:
         storage.remove_directory(plan.work(""))  # a run may have been stopped right before
     if results is None:
         raise VisualMemoryError(f"the pipeline ended without scores in {plan.path('')}")
     return results
+
+
+def _run(plan: LeaveOneOutPlan, beam_arguments: Sequence[str]) -> dict[str, Any] | None:
+    items, shards = int(plan.first_rows[-1]), len(plan.first_rows) - 1
+    running.run(
+        lambda root: define_pipeline(root, plan),
+        beam_arguments,
+        {"search": items, "visit": None, "score": items, "write": shards},
+        "score",
+    )
+    return score_tables.finished_scores(plan)
 
 
 def parser() -> argparse.ArgumentParser:

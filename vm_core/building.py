@@ -382,12 +382,17 @@ def publish(
             plan.config.encoder.batch_size,
         )
     published = memory.publish(plan.root, _with_weights(plan.root, manifest))
-    storage.remove_directory(plan.path(f"work/{plan.fingerprint}"))
+    remove_work(plan)
     storage.remove_directory(plan.path(index_plan.work))
-    storage.remove_leftovers(plan.path(plan.folder))
     left = indexing.unnamed_folders(index_plan, published.partitions)
     memory.remove_unnamed(plan.root, left)
     return published
+
+
+def remove_work(plan: BuildPlan) -> None:
+    """Removes the checkpoints of a published build, and what killed attempts left of it."""
+    storage.remove_directory(plan.embedding.checkpoints)
+    storage.remove_leftovers(plan.path(plan.folder))
 
 
 def _with_weights(root: str, manifest: Manifest) -> Manifest:

@@ -16,6 +16,7 @@ import contextlib
 import errno
 import hashlib
 import io
+import logging
 import os
 import posixpath
 import re
@@ -30,9 +31,11 @@ from typing import IO, Any
 from vm_core.errors import DamagedError, StorageError, VisualMemoryError
 from vm_core.relative_paths import check_relative
 from vm_core.stores import INCOMPLETE, FileInfo, Store, explained
-from vm_core.stores.local import LocalStore, remove_temporaries
+from vm_core.stores.local import LocalStore, locked, remove_temporaries
 
 __all__ = ["FileInfo", "remove_temporaries"]
+
+_log = logging.getLogger(__name__)
 
 _LOCAL = LocalStore()
 _THREADS = 16
@@ -286,6 +289,31 @@ def remove_directory(path: str) -> None:
     """Removes a folder and all in it; a folder that is not there is no error."""
     with explained("remove", path):
         _store(path).remove_directory(path)
+
+
+@contextlib.contextmanager
+def exclusive(path: str, what: str) -> Iterator[None]:
+    """Lets one run at a time, of all processes of a machine, into the block; others wait.
+
+    path: of a lock file, gone afterwards. what: is going on, for the log. On an object store
+    nobody waits: there runs do the same work side by side, and all of it is the same.
+    """
+
+    def waiting() -> None:
+        _log.warning("another run is %s: waiting for it to end (%s)", what, path)
+
+    if not is_local(path):
+        yield
+        return
+    with explained("lock", path), locked(path, True, waiting):
+        yield
+
+
+@contextlib.contextmanager
+def try_lock(path: str) -> Iterator[bool]:
+    """As ``exclusive``, without waiting: yields whether no run is in such a block."""
+    with locked(path, False) as free:
+        yield free
 
 
 def leftovers(folder: str, seconds: float = 0.0) -> list[FileInfo]:

@@ -10,7 +10,7 @@ import os
 import shutil
 import stat
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import IO
 
 from vm_core.errors import StorageError
@@ -189,6 +189,53 @@ def walk(root: str) -> Iterator[FileInfo]:
 def _open_without_waiting(name: str, flags: int) -> int:
     """Opening a pipe waits for somebody who writes to it otherwise."""
     return os.open(name, flags | os.O_NONBLOCK)
+
+
+@contextlib.contextmanager
+def locked(path: str, wait: bool, waiting: Callable[[], None] = lambda: None) -> Iterator[bool]:
+    """Holds a lock file during the block, which is gone afterwards; yields whether it does.
+
+    The lock goes with the process that holds it, however that ends. wait: until it is free;
+    ``waiting`` is called before. A file system without locks lets everybody in.
+    """
+    name = _name(path)
+    _make_folders(os.path.dirname(name))
+    while True:
+        descriptor = os.open(name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            free = _lock(descriptor, wait, waiting)
+            # Whoever held it has removed the file: the lock of a name that is gone is none.
+            if not free or _same_file(descriptor, name):
+                try:
+                    yield free
+                finally:
+                    if free:
+                        with contextlib.suppress(FileNotFoundError):
+                            os.remove(name)
+                return
+        finally:
+            os.close(descriptor)
+
+
+def _lock(descriptor: int, wait: bool, waiting: Callable[[], None]) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        if not wait:
+            return False
+        waiting()
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.EINVAL):
+            raise
+    return True
+
+
+def _same_file(descriptor: int, name: str) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(name))
+    except FileNotFoundError:
+        return False
 
 
 def sync(folder: str) -> None:
