@@ -429,17 +429,21 @@ def _claim(root: str, manifest: Manifest) -> Manifest:
 
 def _name(root: str, pointer: bytes) -> str:
     """The version that a pointer names. It has the digest of the name as well."""
-    data = sealed.unseal(pointer)
-    if data is None:
+    name = (sealed.unseal(pointer) or b"").decode(errors="replace").strip()
+    if not _is_version(name):
         raise DamagedError(
             f"{storage.join(root, _POINTER)} is damaged: it names no version. Name one with "
             f"--version, or restore the file; the versions are in {storage.join(root, 'versions')}"
         )
-    return data.decode().strip()
+    return name
+
+
+def _is_version(name: str) -> bool:
+    return re.fullmatch("[0-9]{1,12}", name) is not None
 
 
 def _checked_name(version: str) -> str:
-    if not re.fullmatch("[0-9]{1,12}", version):
+    if not _is_version(version):
         raise VisualMemoryError(f"version {version!r} is not a number such as 000001")
     return f"{int(version):06d}"
 
