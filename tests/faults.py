@@ -37,7 +37,6 @@ from vm_core.errors import VisualMemoryError
 from vm_core.leave_one_out import LeaveOneOutConfig
 from vm_core.memory import Memory
 from vm_core.records import EmbeddingBlock, strings
-from vm_core.shards import read_shard
 
 SHARDS = 3
 SECONDS = 60
@@ -175,9 +174,9 @@ def answers(memory: Memory) -> str:
     parts += [None if found.weights is None else found.weights.tolist()]
     parts += [memory.manifest.version, memory.classes.keys, memory.classes.names]
     ids: list[str] = []
-    for shard in memory.manifest.shards:
+    for number, shard in enumerate(memory.manifest.shards):
         if shard.embedded:
-            block = read_shard(memory.path(shard.embeddings))
+            block = memory.read_shard(number)
             ids += block.ids.tolist()
             parts += [block.labels.tolist(), block.vectors.tolist(), block.sources.tolist()]
     pictures = memory.thumbnails(ids)

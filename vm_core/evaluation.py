@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pydantic import Field, SerializeAsAny, field_validator, model_validator
 
-from vm_core import measure, plugins, sources, storage
+from vm_core import measure, plugins, sealed, sources, storage
 from vm_core.classes import ClassTable
 from vm_core.embedding import EmbedPlan, ImageSettings, gather
 from vm_core.encoders import Encoder
@@ -41,7 +41,7 @@ from vm_core.records import (
     unit_interval,
 )
 from vm_core.search import assemble, search_partition
-from vm_core.shards import read_blocks
+from vm_core.shards import check_rows, read_blocks
 from vm_core.sources import Source
 from vm_core.tables import table_writer, write_table
 from vm_core.voting import VOTERS, VoteParameters
@@ -240,7 +240,9 @@ def read_embeddings(plan: EvaluationPlan, path: str) -> Iterator[Embedded]:
     classes = storage.join(path.rpartition("/")[0], "classes.parquet")
     data = storage.read_if_exists(classes)
     theirs = None if data is None else ClassTable.parse(classes, data)
+    rows = 0
     for block in read_blocks(path, expected_fingerprint=plan.memory.manifest.encoder_fingerprint):
+        rows += len(block)
         labels = block.labels
         if theirs is not None:
             # Where there are no keys, a label's number is its key.
@@ -250,6 +252,19 @@ def read_embeddings(plan: EvaluationPlan, path: str) -> Iterator[Embedded]:
         report("encode", len(block))
         measure.count("done_rows", len(block))
         yield Embedded(EmbeddingBlock(block.ids, labels, block.sources, block.vectors))
+    check_rows(path, rows, _expected_rows(plan, path))
+
+
+def _expected_rows(plan: EvaluationPlan, path: str) -> int | None:
+    """How many rows a shard was written with, None if nothing says so."""
+    relative = path.removeprefix(f"{plan.memory.root}/")
+    for shard in plan.memory.manifest.shards:
+        if shard.embeddings == relative:
+            return shard.embedded
+    folder, _, name = path.rpartition("/")
+    marker = name.replace("embeddings-", "shard-", 1).removesuffix(".tfrecord")
+    found = sealed.read_json(storage.join(folder, f"{marker}.json"))
+    return None if found is None else int(found["embedded"])
 
 
 class Part(NamedTuple):

@@ -499,14 +499,8 @@ def _check_count(root: str, entry: PartitionEntry, members: Members) -> None:
 
 def _read_shard(plan: IndexPlan, shard: int) -> EmbeddingBlock:
     """The rows of a shard, as many as its marker says."""
-    path = plan.path(plan.shards[shard].path)
-    block = read_shard(path)
-    if len(block) != plan.shards[shard].rows:
-        raise DamagedError(
-            f"{path} has {len(block):,} rows where its marker says {plan.shards[shard].rows:,}: it "
-            "was cut off or replaced. Start the same command again: the shard is made anew"
-        )
-    return block
+    rows = plan.shards[shard]
+    return read_shard(plan.path(rows.path), expected_rows=rows.rows)
 
 
 def _read_members(plan: IndexPlan, shard: int) -> Members:

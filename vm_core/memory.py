@@ -42,9 +42,10 @@ from vm_core.errors import DamagedError, VisualMemoryError
 from vm_core.indexing import PartitionEntry
 from vm_core.partitions import Partition
 from vm_core.recall import Recall
-from vm_core.records import shard_of
+from vm_core.records import EmbeddingBlock, shard_of
 from vm_core.relative_paths import Files, RelativeName, RelativePath
 from vm_core.search import PartitionCache, Router, Searcher
+from vm_core.shards import read_shard
 from vm_core.tables import parse_table, read_some
 from vm_core.untrusted import parse_json
 from vm_core.weights import WeightsEntry
@@ -246,6 +247,15 @@ class Memory:
     def first_rows(self) -> np.ndarray:
         """(shards + 1,) int64: the number of each shard's first row, and of all rows."""
         return np.cumsum([0, *(shard.embedded for shard in self.manifest.shards)])
+
+    def read_shard(self, number: int) -> EmbeddingBlock:
+        """The rows of one shard. Raises DamagedError if it is not as it was written."""
+        shard = self.manifest.shards[number]
+        path = self.path(shard.embeddings)
+        block = read_shard(path, None, shard.embedded)
+        if len(block) and shard_of(block.ids[0], len(self.manifest.shards)) != number:
+            raise DamagedError(f"{path} has the rows of another shard. {_REMEDY}")
+        return block
 
     def rows(self, number: int) -> pa.Table:
         """The rows of one partition, of partitions.ROWS_SCHEMA. Raises if they are damaged."""

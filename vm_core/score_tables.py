@@ -24,7 +24,6 @@ from vm_core.leave_one_out import LeaveOneOutPlan
 from vm_core.memory import Memory
 from vm_core.progress import report
 from vm_core.records import EmbeddingBlock, strings
-from vm_core.shards import read_shard
 from vm_core.tables import read_table, write_table
 from vm_core.terminal import grid
 
@@ -95,8 +94,7 @@ def write_scores(plan: LeaveOneOutPlan, bundle: int) -> int:
     worst: list[dict[str, Any]] = []
     files: dict[str, str] = {}
     for shard in shards:
-        embeddings = plan.memory.path(plan.memory.manifest.shards[shard].embeddings)
-        block = read_shard(embeddings)
+        block = plan.memory.read_shard(shard)
         here = slice(plan.first_rows[shard] - start, plan.first_rows[shard + 1] - start)
         columns = dict(zip(names, totals[here].T, strict=True))
         rows = np.arange(plan.first_rows[shard], plan.first_rows[shard + 1])

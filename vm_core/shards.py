@@ -33,7 +33,7 @@ from typing import NamedTuple
 import numpy as np
 
 from vm_core import storage
-from vm_core.errors import VisualMemoryError
+from vm_core.errors import DamagedError, VisualMemoryError
 from vm_core.example_proto import BYTES, INT64, feature, varint
 from vm_core.records import EmbeddingBlock, strings
 from vm_core.shard_rows import (
@@ -88,18 +88,34 @@ def write_shard(path: str, block: EmbeddingBlock, fingerprint: str, dtype: str) 
     return ShardSummary(count, hashing.bytes, hashing.sha256.hexdigest(), vectors.shape[1])
 
 
-def read_shard(path: str, expected_fingerprint: str | None = None) -> EmbeddingBlock:
+def read_shard(
+    path: str, expected_fingerprint: str | None = None, expected_rows: int | None = None
+) -> EmbeddingBlock:
     """The whole shard as one block; an empty shard gives vectors of shape (0, 0).
 
     VisualMemoryError if the file is damaged, a record is not as above, a vector is not of
     unit length (within 0.001 and the dtype's rounding), or the fingerprint is not the
-    expected one.
+    expected one; DamagedError if there are not as many rows as expected.
     """
-    for block in _blocks(path, None, expected_fingerprint):
-        return block
-    return EmbeddingBlock(
-        strings([]), np.empty(0, np.int64), strings([]), np.empty((0, 0), np.float32)
-    )
+    block = next(_blocks(path, None, expected_fingerprint), None)
+    if block is None:
+        block = EmbeddingBlock(
+            strings([]), np.empty(0, np.int64), strings([]), np.empty((0, 0), np.float32)
+        )
+    check_rows(path, len(block), expected_rows)
+    return block
+
+
+def check_rows(path: str, rows: int, expected: int | None) -> None:
+    """Raises DamagedError for a shard that was cut between two records, or replaced.
+
+    expected: by its marker or a manifest; None if that is not known.
+    """
+    if expected is not None and rows != expected:
+        raise DamagedError(
+            f"{path} has {rows:,} rows and was written with {expected:,}: it was cut off or "
+            "replaced. Start its build again, which makes the shard anew"
+        )
 
 
 def read_blocks(

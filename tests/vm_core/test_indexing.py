@@ -219,7 +219,7 @@ def test_a_shard_that_was_cut_between_records_is_not_indexed(tmp_path, rows):
     whole = read_shard(path)
     part = whole.take(np.arange(min(rows, len(whole) - 1)))
     write_shard(path, part, "print", "float32") if len(part) else storage.write_bytes(path, b"")
-    with pytest.raises(DamagedError, match=rf"{path} has {len(part)} rows where its marker says"):
+    with pytest.raises(DamagedError, match=rf"{path} has {len(part)} rows and was written with"):
         build(plan)
 
 

@@ -25,7 +25,7 @@ from vm_core.records import EmbeddingBlock, strings
 from vm_core.score_tables import read_scores
 from vm_core.search import Router
 from vm_core.shard_rows import DTYPES
-from vm_core.shards import write_shard
+from vm_core.shards import read_shard, write_shard
 from vm_core.tables import write_table
 
 SHARDS, DIMENSION = 3, 8
@@ -46,6 +46,10 @@ class SmallMemory:
     removed: frozenset[str] = frozenset()
     dtype: str = "float32"
     opened: list[int] = field(default_factory=list)
+
+    def read_shard(self, number):
+        shard = self.manifest.shards[number]
+        return read_shard(self.path(shard.embeddings), None, shard.embedded)
 
     def __post_init__(self):
         rng = np.random.default_rng(7)
