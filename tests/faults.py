@@ -172,7 +172,7 @@ def answers(memory: Memory) -> str:
     found = memory.searcher()(queries, 10)
     parts: list[Any] = [found.ids.tolist(), found.labels.tolist(), found.distances.tolist()]
     parts += [None if found.weights is None else found.weights.tolist()]
-    parts += [memory.manifest.version, memory.classes.keys, memory.classes.names]
+    parts += [memory.classes.keys, memory.classes.names]
     ids: list[str] = []
     for number, shard in enumerate(memory.manifest.shards):
         if shard.embedded:

@@ -20,7 +20,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Iterable, Sequence
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from typing import Any, Literal
 
 import numpy as np
@@ -58,6 +58,10 @@ _POINTER = "CURRENT"
 _REMEDY = "Restore it from a copy, or build the memory again"
 
 _log = logging.getLogger(__name__)
+
+
+def _is_of_shard(shard: int, shards: int, id: str) -> bool:
+    return shard_of(id, shards) == shard
 
 
 def _check_named(files: Files, *names: str | None) -> None:
@@ -178,6 +182,10 @@ class Memory:
             raise VisualMemoryError(f"{root!r} has no version {name!r}: {path} does not exist")
         self._file = path
         self.manifest = _parse_manifest(path, data)
+        if self.manifest.version != name:
+            raise DamagedError(
+                f"{path} is damaged: it describes version {self.manifest.version!r}. {_REMEDY}"
+            )
 
     def with_manifest(self, manifest: Manifest) -> Memory:
         """The memory as another manifest of the same build describes it."""
@@ -339,7 +347,8 @@ class Memory:
         for shard, members in wanted.items():
             name = shards[shard].thumbnails
             if name is not None:
-                table = read_some(self.path(name), members, _REMEDY, THUMBNAILS_SCHEMA)
+                owns = partial(_is_of_shard, shard, len(shards))
+                table = read_some(self.path(name), members, _REMEDY, THUMBNAILS_SCHEMA, owns)
                 found |= dict(zip(table["id"].to_pylist(), table["jpeg"].to_pylist(), strict=True))
         return found
 

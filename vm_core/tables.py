@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -43,13 +43,23 @@ def parse_table(path: str, data: bytes, remedy: str, schema: pa.Schema | None = 
         return _checked(pq.read_table(io.BytesIO(data), columns=schema and schema.names), schema)
 
 
-def read_some(path: str, ids: Sequence[str], remedy: str, schema: pa.Schema) -> pa.Table:
-    """The rows of some ids from a file that is sorted by its column ``id``.
+def read_some(
+    path: str,
+    ids: Sequence[str],
+    remedy: str,
+    schema: pa.Schema,
+    owns: Callable[[str], bool],
+) -> pa.Table:
+    """The rows of some ids from a file that is sorted by its first column, ``id``.
 
-    Reads the parts of the file that may have them. Raises DamagedError.
+    Reads the parts of the file that may have them. owns: whether the file is that of an id.
+    Raises DamagedError.
     """
     try:
         with _damage(path, remedy), storage.open_read(path) as file:
+            metadata = pq.read_metadata(file)
+            if metadata.num_rows and not owns(metadata.row_group(0).column(0).statistics.min):
+                raise DamagedError(f"{path} has the rows of another file. {remedy}")
             table = pq.read_table(
                 file,
                 columns=schema.names,
@@ -75,7 +85,10 @@ def _damage(path: str, remedy: str) -> Iterator[None]:
         yield
     except VisualMemoryError:
         raise
-    except (pa.ArrowException, ValueError, KeyError, OSError, OverflowError) as error:
+    except (
+        *(pa.ArrowException, ValueError, KeyError, OSError, OverflowError),
+        *(AttributeError, TypeError),
+    ) as error:
         reason = str(error).partition("\n")[0]
         raise DamagedError(f"{path} is damaged: {reason}. {remedy}") from error
 

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipelines.build import build
+from vm_core import sealed
 from vm_core.building import BuildConfig
 from vm_core.embedding import BatchedEncoder
 from vm_core.memory import Memory
@@ -55,10 +56,15 @@ def shard_contents(memory: Memory) -> dict[str, bytes]:
     """
     folder = Path(memory.path(f"builds/{memory.manifest.build}"))
     return {
-        file.name: file.read_bytes().replace(memory.manifest.build.encode(), b"BUILD")
+        file.name: _unsealed(file).replace(memory.manifest.build.encode(), b"BUILD")
         for file in folder.iterdir()
         if file.is_file()
     }
+
+
+def _unsealed(file: Path) -> bytes:
+    data = file.read_bytes()
+    return sealed.unseal(data) or data
 
 
 def rows_of(memory: Memory) -> EmbeddingBlock:

@@ -92,10 +92,12 @@ def test_shuffled_manifest(few_photos, small_encoder, tmp_path, monkeypatch):
         with open(folder / "list.csv", "w", newline="") as file:
             csv.writer(file).writerows([("path", "label"), *rows])
         source = {"kind": "manifest", "path": str(folder / "list.csv"), "root": few_photos}
-        settings = configuration(folder / "memory", small_encoder, {**source, "name": "few"})
+        source |= {"name": "few"}
+        settings = configuration(folder / "memory", small_encoder, source, max_failure_share=0.1)
         memories.append(build_memory(settings))
         random.Random(order).shuffle(rows)
-    assert memories[0].manifest.total("duplicates") == 2
+    assert memories[0].manifest.total("duplicates") == 1
+    assert memories[0].manifest.total("quarantined") == 2
     assert_same(memories[1], memories[0])
     assert_same(memories[2], memories[0])
 

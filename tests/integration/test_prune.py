@@ -260,9 +260,7 @@ def test_a_damaged_table_of_rows_is_no_reason_to_prune_others(own, tmp_path):
     rows = pq.read_table(path)
     pq.write_table(rows.set_column(0, "row", pa.array(rows["row"].to_pylist()[::-1])), path)
     for settings in ({"scores": str(tmp_path / "s.parquet"), "share": 0.25}, {"share": 0.25}):
-        with pytest.raises(
-            VisualMemoryError, match="rows.parquet is damaged: it is not what was written"
-        ):
+        with pytest.raises(VisualMemoryError, match="rows.parquet is damaged: "):
             pruned_by(own, method="hard", **settings)
     assert Memory(own.root).manifest == own.manifest and not list(Path(own.root).glob("weights"))
 
