@@ -7,7 +7,10 @@ import io
 import random
 import resource
 import struct
+import time
+import warnings
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -442,3 +445,69 @@ def test_thumbnail_shows_the_whole_picture(photo):
 def test_preprocessing_is_checked(values, message):
     with pytest.raises(ValueError, match=message):
         Preprocessing(**values)
+
+
+def test_pillow_s_own_limit_is_left_alone():
+    """Another library in the process may rely on it."""
+    assert Image.MAX_IMAGE_PIXELS is not None
+    large = encoded(Image.new("L", (20_000, 10_000)), "PNG")  # above Pillow's limit
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(BadImage, match="200,000,000 pixels, the limit max_pixels"):
+            decode(large)
+        assert decode(large, 200_000_000).size == (20_000, 10_000)
+
+
+def test_threads_share_a_budget_of_pixels():
+    budget, held, most = images._Budget(10), [], []
+
+    def work(amount):
+        with budget.hold(amount):
+            held.append(amount)
+            most.append(sum(held))
+            time.sleep(0.01)
+            held.remove(amount)
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(work, [4, 6, 3, 10, 25, 1, 9, 2] * 3))
+    # One alone may be larger than the budget; none waits for ever.
+    assert max(total for total in most if total != 25) <= 10
+    assert held == [] and len(most) == 24
+
+
+def test_a_budget_is_given_back_after_an_error():
+    budget = images._Budget(10)
+    with pytest.raises(KeyError), budget.hold(10):
+        raise KeyError
+    with budget.hold(10):
+        pass
+
+
+def test_passes_over_a_progressive_jpeg_are_limited():
+    """Each scan is a pass over all pixels: a small file can take seconds."""
+    file = encoded(Image.effect_noise((64, 64), 50).convert("RGB"), "JPEG", progressive=True)
+    scans = file.count(b"\xff\xda")
+    assert scans > 5
+    assert decode(file, 64 * 64).size == (64, 64)
+    scan = file[file.rindex(b"\xff\xda") : -2]
+    with pytest.raises(BadImage, match=r"^too large: \d\d scans of 64 x 64 pixels"):
+        decode(file[:-2] + scan * 80 + file[-2:], 64 * 64)
+
+
+def test_photos_much_larger_than_needed_are_decoded_at_a_fraction(monkeypatch):
+    sizes = []
+    to_rgb = images._to_rgb
+    monkeypatch.setattr(images, "_to_rgb", lambda image: sizes.append(image.size) or to_rgb(image))
+    preprocessing = Preprocessing(resize=32, crop=32)
+    gradient = Image.linear_gradient("L").resize((1024, 768)).convert("RGB")
+    for side, decoded in ((1, (1024, 768)), (32, (128, 96)), (96, (256, 192)), (400, (1024, 768))):
+        settings = preprocessing.model_copy(update={"resize": side, "crop": min(side, 32)})
+        for format, size in (("JPEG", decoded), ("PNG", (1024, 768))):
+            sizes.clear()
+            prepare(encoded(gradient, format), settings)
+            if side > 1:
+                assert sizes == [size]
+    # What an encoder sees is nearly the same.
+    full = resize_and_crop(decode(encoded(gradient, "JPEG")), preprocessing).astype(int)
+    drafted = prepare(encoded(gradient, "JPEG"), preprocessing).pixels.astype(int)
+    assert np.abs(full - drafted).max() <= 4
