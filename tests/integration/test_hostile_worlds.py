@@ -131,7 +131,7 @@ def test_names_that_steer_a_terminal(small_encoder, few_photos, tmp_path):
     done = run("build", "--config", path)
     assert done.returncode == 0, done.stderr
     shown = run("inspect", tmp_path / "memory")
-    assert "[2Jclear" in shown.stdout
+    assert r"\x1b[2Jc" in shown.stdout
     for output in (done, shown):
         assert "\x1b[2J" not in output.stdout + output.stderr
         assert "\x07" not in output.stdout + output.stderr
