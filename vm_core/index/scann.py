@@ -7,17 +7,19 @@ import importlib.util
 import json
 import math
 import os
+import re
 import sys
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from pydantic import Field, model_validator
+from pydantic import Field, TypeAdapter, model_validator
 
-from vm_core.errors import VisualMemoryError
+from vm_core.errors import DamagedError, VisualMemoryError
 from vm_core.exact import check_products
 from vm_core.index import Index, TopK
 from vm_core.index._tuning import Setting, tune
 from vm_core.index.exact import Plugin as Exact
+from vm_core.untrusted import parse_json
 
 ReorderDtype = Literal["float32", "bfloat16", "int8"]
 
@@ -171,13 +173,33 @@ def _with(tuned: Tuned, setting: Setting) -> Tuned:
 
 
 def load(folder: str) -> tuple[Any, Tuned]:
-    """ScaNN's index (its ``ScannNumpy``) and how a build chose to search it."""
-    with open(os.path.join(folder, "tuned.json")) as file:
-        tuned = Tuned(**json.load(file))
+    """ScaNN's index (its ``ScannNumpy``) and how a build chose to search it.
+
+    Raises DamagedError for files that ScaNN would not have written. Its extension opens
+    whatever the list of assets names, so that names files of the folder only.
+    """
+    path = os.path.join(folder, "tuned.json")
+    with open(path) as file:
+        try:
+            tuned = TypeAdapter(Tuned).validate_python(parse_json(file.read()))
+        except (ValueError, TypeError) as error:
+            raise DamagedError(f"{path} is damaged: {error}. Build the memory again") from error
     index = os.path.join(folder, "scann")
-    with open(os.path.join(index, "scann_assets.pbtxt")) as file:
+    path = os.path.join(index, "scann_assets.pbtxt")
+    with open(path) as file:
         assets = file.read()
+    names = _ASSET.findall(assets)
+    if _ASSET.sub("", assets).strip() or not all(_is_file_of(index, name) for name in names):
+        raise DamagedError(f"{path} names other files than ScaNN's own. Build the memory again")
     return _extension().ScannNumpy(index, assets), tuned
+
+
+_ASSET = re.compile(r'assets \{\s+asset_type: [A-Z0-9_]+\s+asset_path: "([\w.]+)"\s+\}\s*')
+
+
+def _is_file_of(folder: str, name: str) -> bool:
+    path = os.path.join(folder, name)
+    return name.strip(".") != "" and os.path.isfile(path) and not os.path.islink(path)
 
 
 def searching(scann: Any, vectors: np.ndarray, tuned: Tuned) -> TopK:

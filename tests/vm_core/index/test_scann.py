@@ -13,7 +13,7 @@ import pytest
 
 from benchmarks.mixture import HELD_OUT, Mixture
 from vm_core import index
-from vm_core.errors import VisualMemoryError
+from vm_core.errors import DamagedError, VisualMemoryError
 from vm_core.exact import top_k
 from vm_core.index import _tuning, auto, exact, scann
 
@@ -240,3 +240,37 @@ def test_unknown_kinds_and_settings_are_named():
         index.parse({"kind": "auto", "scann": {"leafs": 3}})
     with pytest.raises(VisualMemoryError, match="follow from target_recall.*Leave out"):
         index.parse({"kind": "scann", "leaves_to_search": 3, "target_recall": 0.9})
+
+
+@pytest.mark.parametrize(
+    "old, new",
+    [
+        ("dataset.npy", "/etc/passwd"),
+        ("dataset.npy", "../../outside.npy"),
+        ("dataset.npy", ".."),
+        ("dataset.npy", "linked.npy"),
+        ("dataset.npy", "none.npy"),
+        ('asset_path: "dataset.npy"', "asset_path: 'dataset.npy'"),
+        ('asset_path: "dataset.npy"', 'asset_path: "dataset.npy" asset_path: "/etc/passwd"'),
+        ("DATASET_NPY", 'DATASET_NPY asset_path: "/etc/passwd"'),
+    ],
+)
+def test_scann_opens_files_of_its_folder_only(vectors, tmp_path, old, new):
+    """Its list of files may come from a stranger."""
+    folder = str(tmp_path)
+    index.parse({"kind": "scann"}).build(vectors[:1_500], folder)
+    os.symlink("/etc/hostname", tmp_path / "scann" / "linked.npy")
+    path = tmp_path / "scann" / "scann_assets.pbtxt"
+    whole = path.read_text()
+    scann.load(folder)
+    path.write_text(whole.replace(old, new))
+    with pytest.raises(DamagedError, match="names other files than ScaNN's own"):
+        scann.load(folder)
+
+
+@pytest.mark.parametrize("data", ["{}", "[]", "x", '{"reorder": "many"}', "[" * 100_000])
+def test_a_damaged_record_of_the_tuning(vectors, tmp_path, data):
+    index.parse({"kind": "scann"}).build(vectors[:1_500], str(tmp_path))
+    (tmp_path / "tuned.json").write_text(data)
+    with pytest.raises(DamagedError, match="tuned.json is damaged"):
+        scann.load(str(tmp_path))
