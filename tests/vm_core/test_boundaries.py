@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -9,13 +11,16 @@ import pytest
 from vm_core import item_scores, weights
 from vm_core.building import classes_before
 from vm_core.embedding import gather
+from vm_core.errors import DamagedError
 from vm_core.item_scores import Lists
+from vm_core.memory import Memory
 from vm_core.metrics import EvaluationMetrics
 from vm_core.neighbors import Neighbors
 from vm_core.partitioning import _unit
 from vm_core.pruning import LeaveOneOutCounts
-from vm_core.records import PADDING, UNKNOWN, Embedded, EmbeddingBlock, strings
+from vm_core.records import PADDING, UNKNOWN, Embedded, EmbeddingBlock, shard_of, strings
 from vm_core.search import assemble
+from vm_core.shards import write_shard
 from vm_core.voting import VOTERS, vote
 
 
@@ -186,3 +191,37 @@ def test_no_version_has_no_classes(tmp_path):
 def test_weights_of_no_rows_change_nothing():
     table = pa.table({"id": [], "weight": []}, schema=weights.WEIGHTS_SCHEMA)
     assert table.num_rows == 0
+
+
+def test_a_shard_that_stands_for_another(tmp_path):
+    """Two files of one kind that were swapped: as many rows, and those of another shard."""
+    ids = sorted(f"id{number}" for number in range(40))
+    owner = np.array([shard_of(id, 2) for id in ids])
+    memory = object.__new__(Memory)
+    memory.root = str(tmp_path)
+    memory.manifest = SimpleNamespace(shards=[])
+    for shard in range(2):
+        mine = strings([id for id, of in zip(ids, owner, strict=True) if of == shard][:10])
+        vectors = np.eye(10, dtype=np.float32)
+        block = EmbeddingBlock(mine, np.zeros(10, np.int64), strings(["s"] * 10), vectors)
+        write_shard(f"{tmp_path}/{shard}", block, "f", "float32")
+        entry = SimpleNamespace(embeddings=f"{shard}", embedded=10)
+        memory.manifest.shards.append(entry)
+        if shard == 0:
+            assert memory.read_shard(0).ids.tolist() == mine.tolist()
+    memory.manifest.shards.reverse()
+    for shard in range(2):
+        with pytest.raises(DamagedError, match=f"{tmp_path}/{1 - shard} has the rows of another"):
+            memory.read_shard(shard)
+    memory.manifest.shards[0] = SimpleNamespace(embeddings="0", embedded=9)
+    with pytest.raises(DamagedError, match="/0 has 10 rows and was written with 9"):
+        memory.read_shard(0)
+
+
+def test_a_pointer_that_names_no_version_says_where_the_versions_are(tmp_path):
+    (tmp_path / "CURRENT").write_text("000001\n")
+    with pytest.raises(DamagedError) as raised:
+        Memory(str(tmp_path))
+    text = str(raised.value)
+    assert text.startswith(f"{tmp_path}/CURRENT is damaged: it names no version. Name one with")
+    assert text.endswith(f"the versions are in {tmp_path}/versions")
