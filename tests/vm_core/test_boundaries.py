@@ -17,7 +17,7 @@ from vm_core.memory import Memory
 from vm_core.metrics import EvaluationMetrics
 from vm_core.neighbors import Neighbors
 from vm_core.partitioning import _unit
-from vm_core.pruning import LeaveOneOutCounts
+from vm_core.pruning import LeaveOneOutCounts, without_self
 from vm_core.records import PADDING, UNKNOWN, Embedded, EmbeddingBlock, shard_of, strings
 from vm_core.search import assemble
 from vm_core.shards import write_shard
@@ -225,3 +225,15 @@ def test_a_pointer_that_names_no_version_says_where_the_versions_are(tmp_path):
     text = str(raised.value)
     assert text.startswith(f"{tmp_path}/CURRENT is damaged: it names no version. Name one with")
     assert text.endswith(f"the versions are in {tmp_path}/versions")
+
+
+def test_an_item_that_is_not_among_its_neighbours_loses_the_last_one():
+    """The last one has label 0."""
+    block = Neighbors(
+        strings(["z"]),
+        np.array([1]),
+        np.array([["a", "b", ""]]),
+        np.array([[1, 0, PADDING]]),
+        np.array([[0.1, 0.2, np.inf]], np.float32),
+    )
+    assert without_self(block).ids.tolist() == [["a", ""]]
