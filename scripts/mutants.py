@@ -76,6 +76,8 @@ def changed(node: ast.AST) -> ast.AST | None:
     elif isinstance(node, ast.Name) and node.id in _NAMES:
         node.id = _NAMES[node.id]
     elif isinstance(node, ast.Call) and len(node.args) == 2 and not node.keywords:
+        if ast.unparse(node.func).rpartition(".")[2] in ("min", "max", "minimum", "maximum"):
+            return None  # the order is nothing
         node.args.reverse()
     elif isinstance(node, ast.Raise | ast.Expr | ast.Continue | ast.Break):
         return ast.Pass()
