@@ -139,8 +139,7 @@ def main() -> int:
         arguments = name, options.config, options.memory, expected[name], most[name]
         what = kill(*arguments, chance)
         found[f"kill {name}: {what}"] += 1
-        if what not in ("same result", "ended before"):
-            print(f"kill {number} {name}: {what}", flush=True)
+        print(f"kill {number} {name}: {what}", flush=True)
     pairs = [
         *(("build", "build"), ("build", "other build"), ("evaluate", "evaluate")),
         *(("score", "score"), ("prune", "prune"), ("score", "prune"), ("evaluate", "prune")),
@@ -150,8 +149,7 @@ def main() -> int:
         names = pairs[number % len(pairs)]
         what = pair(names, options.config, options.memory)
         found[f"pair {' and '.join(names)}: {what}"] += 1
-        if "status" in what:
-            print(f"pair {number} {names}: {what}", flush=True)
+        print(f"pair {number} {names}: {what}", flush=True)
     for what, count in sorted(found.items()):
         print(f"{count:>4} {what}")
     return int(any("status" in what or "another" in what or "leaves" in what for what in found))
