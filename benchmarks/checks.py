@@ -28,7 +28,7 @@ import numpy as np
 import pyarrow as pa
 
 from vm_core import index, partitions, storage
-from vm_core.indexing import PartitionEntry
+from vm_core.index_files import PartitionEntry
 from vm_core.partitions import Members
 
 ROWS, DIMENSION, REPEATS = 1_000_000, 384, 3

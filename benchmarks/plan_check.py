@@ -36,7 +36,8 @@ from benchmarks.calibrate import K, mixture_block
 from benchmarks.mixture import FINGERPRINT, HELD_OUT
 from vm_core import indexing
 from vm_core.index import scann
-from vm_core.indexing import IndexPlan, PartitionEntry, ShardRows
+from vm_core.index_files import PartitionEntry
+from vm_core.indexing import IndexPlan, ShardRows
 from vm_core.neighbors import to_arrow
 from vm_core.partitioning import Partitioning
 from vm_core.partitions import Partition

@@ -12,7 +12,8 @@ from pipelines import hints
 from pipelines.measuring import measured
 from pipelines.reporting import reported
 from vm_core import indexing, recall
-from vm_core.indexing import IndexPlan, PartitionEntry, Task
+from vm_core.index_files import PartitionEntry
+from vm_core.indexing import IndexPlan, Task
 from vm_core.memory import Manifest, ShardEntry
 from vm_core.recall import HeldOut, Hits
 

@@ -36,7 +36,8 @@ from vm_core.encoders import Encoder, _trust
 from vm_core.errors import DamagedError, VisualMemoryError
 from vm_core.failures import check_failures, count_reasons, quarantine_table
 from vm_core.index import Index
-from vm_core.indexing import IndexPlan, PartitionEntry, ShardRows
+from vm_core.index_files import PartitionEntry
+from vm_core.indexing import IndexPlan, ShardRows
 from vm_core.memory import Manifest, ShardEntry
 from vm_core.partitioning import Partitioning
 from vm_core.progress import report

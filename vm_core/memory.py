@@ -30,16 +30,15 @@ from pydantic import (
     NonNegativeInt,
     PositiveInt,
     SerializeAsAny,
-    ValidationError,
     field_validator,
     model_validator,
 )
 
-from vm_core import encoders, indexing, partitions, sealed, storage, weights
+from vm_core import encoders, index_files, partitions, sealed, storage, weights
 from vm_core.classes import ClassTable
 from vm_core.encoders import Encoder, _trust
 from vm_core.errors import DamagedError, VisualMemoryError
-from vm_core.indexing import PartitionEntry
+from vm_core.index_files import PartitionEntry
 from vm_core.partitions import Partition
 from vm_core.recall import Recall
 from vm_core.records import EmbeddingBlock, shard_of
@@ -47,7 +46,7 @@ from vm_core.relative_paths import Files, RelativeName, RelativePath
 from vm_core.search import PartitionCache, Router, Searcher
 from vm_core.shards import read_shard
 from vm_core.tables import parse_table, read_some
-from vm_core.untrusted import parse_json
+from vm_core.untrusted import first_error, parse_json
 from vm_core.weights import WeightsEntry
 
 FORMAT = 4
@@ -275,7 +274,7 @@ class Memory:
     def open_partition(self, number: int) -> Partition:
         """Loads one partition of the index, ready to search. Raises DamagedError."""
         entry = self.manifest.partitions[number]
-        partition = indexing.open_partition(self.root, entry, self.trust_files)
+        partition = index_files.open_partition(self.root, entry, self.trust_files)
         vectors = partition.members.vectors
         if entry.count and vectors.shape[1] != self.manifest.dimension:
             raise DamagedError(
@@ -300,7 +299,7 @@ class Memory:
         centroids = None
         if path is not None:
             data = self._read(path, self.manifest.files[path])
-            centroids = indexing.parse_centroids(self.path(path), data)
+            centroids = index_files.parse_centroids(self.path(path), data)
         if max(cells, default=0) >= (1 if centroids is None else len(centroids)):
             raise DamagedError(f"{self._file} has partitions of unknown cells. {_REMEDY}")
         return Router(centroids, cells, probes or self.manifest.probes)
@@ -367,15 +366,6 @@ def _parse_manifest(path: str, data: bytes) -> Manifest:
     except (ValueError, TypeError, RecursionError) as error:
         reason = first_error(error)
         raise DamagedError(f"{path} is damaged: {reason}. {_REMEDY}") from error
-
-
-def first_error(error: Exception) -> str:
-    """The cause in one line; of pydantic's errors the field and what is wrong with it."""
-    if isinstance(error, ValidationError):
-        problem = error.errors(include_url=False)[0]
-        place = ".".join(str(part) for part in problem["loc"])
-        return f"{place}: {problem['msg'].removeprefix('Value error, ')}"
-    return str(error).partition("\n")[0]
 
 
 @lru_cache(maxsize=1)

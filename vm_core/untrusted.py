@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 import yaml
+from pydantic import ValidationError
 
 MAX_DEPTH = 64
 """How deep lists and mappings of a YAML document may be nested."""
@@ -63,3 +64,12 @@ def _count(node: yaml.Node, depth: int, known: dict[int, int]) -> int:
         raise ValueError(f"it has more than {MAX_NODES:,} values, aliases counted in full")
     known[id(node)] = count
     return count
+
+
+def first_error(error: Exception) -> str:
+    """The cause in one line; of pydantic's errors the field and what is wrong with it."""
+    if isinstance(error, ValidationError):
+        problem = error.errors(include_url=False)[0]
+        place = ".".join(str(part) for part in problem["loc"])
+        return f"{place}: {problem['msg'].removeprefix('Value error, ')}"
+    return str(error).partition("\n")[0]

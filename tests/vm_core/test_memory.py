@@ -13,7 +13,7 @@ import pytest
 from vm_core import encoders, index, memory, storage
 from vm_core.encoders import _trust
 from vm_core.errors import VisualMemoryError
-from vm_core.indexing import PartitionEntry
+from vm_core.index_files import PartitionEntry
 from vm_core.memory import Manifest, Memory, ShardEntry, publish
 from vm_core.recall import Recall
 
