@@ -91,16 +91,17 @@ class BatchedEncoder:
         """
         start, parts = 0, []
         while start < len(pixels):
-            batch = pixels[start : start + self.batch_size]
-            missing = self.batch_size - len(batch)
+            size = self.batch_size  # another thread may halve it meanwhile
+            batch = pixels[start : start + size]
+            missing = size - len(batch)
             padded = np.pad(batch, [(0, missing), (0, 0), (0, 0), (0, 0)]) if missing else batch
             try:
                 with measure.timed("model_ms"):
-                    parts.append(self._checked(self._embed(padded))[: len(batch)])
+                    parts.append(self._checked(self._embed(padded), size)[: len(batch)])
             except MemoryError as error:
-                if self.batch_size == 1:
+                if size == 1:
                     raise
-                self.batch_size //= 2
+                self.batch_size = min(self.batch_size, size // 2)
                 _log.warning(
                     "out of device memory: batch size is now %d (%s)", self.batch_size, error
                 )
@@ -109,15 +110,14 @@ class BatchedEncoder:
                 start += len(batch)
         return np.concatenate(parts)
 
-    def _checked(self, found: np.ndarray) -> np.ndarray:
-        """What the encoder has returned for a batch, if it is a row of numbers an image."""
+    def _checked(self, found: np.ndarray, size: int) -> np.ndarray:
+        """What the encoder has returned for ``size`` images, if it is a row of numbers each."""
         found = np.asarray(found)
         rows = found.shape[0] if found.ndim == 2 else None
-        if rows != self.batch_size or not found.shape[1] or found.dtype.kind not in "fiu":
+        if rows != size or not found.shape[1] or found.dtype.kind not in "fiu":
             raise VisualMemoryError(
                 f"{self._name} returned an array of shape {found.shape} and type {found.dtype} for "
-                f"{self.batch_size} images: give an encoder that returns ({self.batch_size}, D) "
-                "floats"
+                f"{size} images: give an encoder that returns ({size}, D) floats"
             )
         if self._dimension not in (None, found.shape[1]):
             raise VisualMemoryError(

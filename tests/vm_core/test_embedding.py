@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import random
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -429,6 +430,29 @@ def test_a_smaller_batch_is_recorded():
     small = embed_records(records, lambda: encoder, settings, ImageSettings())
     assert small.batch_size == 2
     assert gather([small, Embedded.nothing()])[0].batch_size == 2
+
+
+def test_a_thread_that_halves_the_shape_disturbs_no_other():
+    """One encodes eight images while another runs out of memory with as many."""
+    inside, halved = threading.Event(), threading.Event()
+
+    def embed(pixels):
+        if pixels[0, 0, 0, 0] == 1:  # the one that has the memory
+            inside.set()
+            assert halved.wait(10)
+        elif len(pixels) > 4:
+            assert inside.wait(10)
+            raise MemoryError("device")
+        else:
+            halved.set()
+        return np.ones((len(pixels), 4), np.float32)
+
+    encoder = BatchedEncoder(embed, 8)
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(encoder, np.ones((8, 2, 2, 3), np.uint8))
+        second = pool.submit(encoder, np.zeros((8, 2, 2, 3), np.uint8))
+        assert first.result().shape == second.result().shape == (8, 4)
+    assert encoder.batch_size == 4
 
 
 def test_gathering_does_not_depend_on_the_order():
