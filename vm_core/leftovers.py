@@ -7,6 +7,7 @@ more stays until somebody asks for it: ``visual-memory doctor --memory MEMORY --
 from __future__ import annotations
 
 import os
+import re
 import time
 from typing import NamedTuple
 
@@ -16,6 +17,8 @@ GRACE_HOURS = 24.0
 
 # Folders of a memory whose content is worth nothing unless a version or a run needs it.
 _FOLDERS = ("work", "builds", "weights")
+
+_FINGERPRINT = re.compile("(index-|scores-)?[0-9a-f]{12,16}")
 
 
 class Leftover(NamedTuple):
@@ -34,21 +37,21 @@ def find(root: str, grace_hours: float = GRACE_HOURS) -> list[Leftover]:
     folders nothing is found.
     """
     root = storage.absolute(root)
-    if not storage.is_local(root) or not os.path.isdir(root):
+    if not storage.is_local(root):
         return []
-    named = b"".join(
-        storage.read_bytes(file.path) for file in storage.walk(root) if "/versions/" in file.path
-    )
+    versions = storage.join(root, "versions")
+    manifests = storage.walk(versions) if storage.is_directory(versions) else []
+    named = b"".join(storage.read_bytes(file.path) for file in manifests)
     found = []
     for kind in _FOLDERS:
         folder = os.path.join(root, kind)
         for name in sorted(os.listdir(folder)) if os.path.isdir(folder) else []:
-            path = os.path.join(folder, name)
-            if f'"{kind}/{name}/'.encode() in named or not os.path.isdir(path):
+            path, lock = os.path.join(folder, name), os.path.join(root, "work", f"{name}.lock")
+            # Folders of the user's own have other names: they are not ours to remove.
+            if not _FINGERPRINT.fullmatch(name) or os.path.islink(path) or not os.path.isdir(path):
                 continue
-            with storage.try_lock(os.path.join(root, "work", f"{name}.lock")) as free:
-                if free:
-                    found.append(_measured(path))
+            if f'"{kind}/{name}/'.encode() not in named and not storage.is_locked(lock):
+                found.append(_measured(path))
     inside = tuple(f"{left.path}/" for left in found)
     for file in storage.leftovers(root):
         if not file.path.startswith(inside):

@@ -30,7 +30,7 @@ from typing import IO, Any
 
 from vm_core.errors import DamagedError, StorageError, VisualMemoryError
 from vm_core.relative_paths import check_relative
-from vm_core.stores import INCOMPLETE, FileInfo, Store, explained
+from vm_core.stores import INCOMPLETE, FileInfo, Store, explained, local
 from vm_core.stores.local import LocalStore, locked, remove_temporaries
 
 __all__ = ["FileInfo", "remove_temporaries"]
@@ -39,6 +39,7 @@ _log = logging.getLogger(__name__)
 
 _LOCAL = LocalStore()
 _THREADS = 16
+_TEMPORARY = re.compile(re.escape(INCOMPLETE) + "[0-9a-f]{12}$")
 
 
 def _store(path: str) -> Store:
@@ -243,25 +244,25 @@ def write_directory_atomic(path: str) -> Iterator[str]:
     For libraries that can only write a folder of files. On an object store the
     files are uploaded one by one: write a marker beside them afterwards.
     """
-    with temporary_directory(path) as local:
-        yield local
-        move_directory(local, path)
+    with temporary_directory(path) as folder:
+        yield folder
+        move_directory(folder, path)
 
 
 @contextlib.contextmanager
 def temporary_directory(path: str) -> Iterator[str]:
     """Yields a local folder to fill, for ``move_directory`` to a place beside ``path``."""
-    with explained("write", path), _store(path).temporary_directory(path) as local:
-        yield local
+    with explained("write", path), _store(path).temporary_directory(path) as folder:
+        yield folder
 
 
-def move_directory(local: str, path: str) -> None:
+def move_directory(folder: str, path: str) -> None:
     """Puts a local folder in the place of the one at ``path``, if there is one.
 
     On a disk by a rename; on an object store file by file.
     """
     with explained("write", path):
-        _store(path).move_directory(local, path)
+        _store(path).move_directory(folder, path)
 
 
 @contextlib.contextmanager
@@ -275,8 +276,8 @@ def local_copy(path: str, names: Sequence[str] | None = None) -> Iterator[str]:
     listed = None if names is None else list(names)
     with contextlib.ExitStack() as stack:
         with explained("read", path):
-            local = stack.enter_context(_store(path).local_copy(path, listed))
-        yield local
+            copy = stack.enter_context(_store(path).local_copy(path, listed))
+        yield copy
 
 
 def remove_file(path: str) -> None:
@@ -302,18 +303,17 @@ def exclusive(path: str, what: str) -> Iterator[None]:
     def waiting() -> None:
         _log.warning("another run is %s: waiting for it to end (%s)", what, path)
 
-    if not is_local(path):
-        yield
-        return
-    with explained("lock", path), locked(path, True, waiting):
+    with contextlib.ExitStack() as stack:
+        if is_local(path):
+            with explained("lock", path):
+                stack.enter_context(locked(path, waiting))
         yield
 
 
-@contextlib.contextmanager
-def try_lock(path: str) -> Iterator[bool]:
-    """As ``exclusive``, without waiting: yields whether no run is in such a block."""
-    with locked(path, False) as free:
-        yield free
+def is_locked(path: str) -> bool:
+    """Whether a run is inside a block of ``exclusive``; changes nothing."""
+    with explained("lock", path):
+        return is_local(path) and local.is_locked(path)
 
 
 def leftovers(folder: str, seconds: float = 0.0) -> list[FileInfo]:
@@ -326,7 +326,7 @@ def leftovers(folder: str, seconds: float = 0.0) -> list[FileInfo]:
         return []
     found = []
     for path, folders, files in os.walk(absolute(folder)):
-        for name in [each for each in (*folders, *files) if INCOMPLETE in each]:
+        for name in filter(_TEMPORARY.search, [*folders, *files]):
             left = os.path.join(path, name)
             inner = [left, *(os.path.join(p, f) for p, _, fs in os.walk(left) for f in fs)]
             with contextlib.suppress(FileNotFoundError):  # finished or removed meanwhile
@@ -335,7 +335,7 @@ def leftovers(folder: str, seconds: float = 0.0) -> list[FileInfo]:
                 if time.time() - changed >= seconds:
                     size = sum(s.st_size for s in statuses[1 if name in folders else 0 :])
                     found.append(FileInfo(left, size, str(changed)))
-        folders[:] = [each for each in folders if INCOMPLETE not in each]
+        folders[:] = [each for each in folders if not _TEMPORARY.search(each)]
     return sorted(found)
 
 

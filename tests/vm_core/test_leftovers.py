@@ -12,13 +12,28 @@ from vm_core import leftovers, storage
 def memory(tmp_path) -> str:
     """A memory with what runs may leave behind; everything is two days old."""
     names = [
-        *("CURRENT", "builds/named/a", "builds/abandoned/shard", "weights/old/p.parquet"),
-        *("work/done/split.arrow", "work/index-1/a.arrow", "builds/named/b.incomplete-1"),
-        *("builds/abandoned/c.incomplete-2", ".writable.incomplete-3", "scores/s/scores.json"),
+        *(
+            "CURRENT",
+            "builds/0000000000000001/a",
+            "builds/abadcafe00000001/shard",
+            "weights/000000000000000a/p.parquet",
+        ),
+        *(
+            "work/0000000000000002/split.arrow",
+            "work/index-00000000000f/a.arrow",
+            "builds/0000000000000001/b.incomplete-000000000001",
+        ),
+        *(
+            "builds/abadcafe00000001/c.incomplete-000000000002",
+            ".writable.incomplete-000000000003",
+            "scores/s/scores.json",
+        ),
     ]
     for name in names:
         storage.write_bytes(str(tmp_path / name), b"12345")
-    storage.write_bytes(str(tmp_path / "versions" / "000001.json"), b'{"x": "builds/named/a"}')
+    storage.write_bytes(
+        str(tmp_path / "versions" / "000001.json"), b'{"x": "builds/0000000000000001/a"}'
+    )
     old = time.time() - 48 * 3600
     for folder, _, files in os.walk(tmp_path, topdown=False):
         for path in [*(os.path.join(folder, file) for file in files), folder]:
@@ -26,35 +41,67 @@ def memory(tmp_path) -> str:
     return str(tmp_path)
 
 
+DONE, INDEX = "work/0000000000000002", "work/index-00000000000f"
 LEFT = [
-    *(".writable.incomplete-3", "builds/abandoned", "builds/named/b.incomplete-1"),
-    *("weights/old", "work/done", "work/index-1"),
+    ".writable.incomplete-000000000003",
+    "builds/0000000000000001/b.incomplete-000000000001",
+    "builds/abadcafe00000001",
+    "weights/000000000000000a",
+    DONE,
+    INDEX,
 ]
 
 
 def test_what_no_version_and_no_run_needs_is_found_and_removed(memory):
     found = leftovers.find(memory)
     assert [left.path.removeprefix(f"{memory}/") for left in found] == LEFT
-    assert [left.bytes for left in found] == [5, 10, 5, 5, 5, 5]
+    assert [left.bytes for left in found] == [5, 5, 10, 5, 5, 5]
     assert all(47 < left.hours < 49 for left in found)
     assert leftovers.find(memory, grace_hours=49) == []
     leftovers.remove(found)
     kept = [file.path.removeprefix(f"{memory}/") for file in storage.walk(memory)]
-    assert kept == ["CURRENT", "builds/named/a", "scores/s/scores.json", "versions/000001.json"]
+    assert kept == [
+        "CURRENT",
+        "builds/0000000000000001/a",
+        "scores/s/scores.json",
+        "versions/000001.json",
+    ]
     assert leftovers.find(memory, 0) == []
 
 
 def test_what_was_written_to_lately_is_not_left(memory):
-    storage.write_bytes(f"{memory}/work/done/new", b"x")
+    storage.write_bytes(f"{memory}/{DONE}/new", b"x")
     paths = [left.path for left in leftovers.find(memory, 1)]
-    assert f"{memory}/work/done" not in paths and f"{memory}/work/index-1" in paths
+    assert f"{memory}/{DONE}" not in paths and f"{memory}/{INDEX}" in paths
 
 
 def test_what_a_run_holds_is_not_left(memory):
-    with storage.exclusive(f"{memory}/work/done.lock", "at it"):
+    with storage.exclusive(f"{memory}/{DONE}.lock", "at it"):
         paths = [left.path for left in leftovers.find(memory)]
-    assert f"{memory}/work/done" not in paths and f"{memory}/work/index-1" in paths
+    assert f"{memory}/{DONE}" not in paths and f"{memory}/{INDEX}" in paths
     assert len(leftovers.find(memory)) == len(LEFT)
+
+
+def test_what_is_not_the_memory_s_own_is_left_alone(memory, tmp_path):
+    """A folder of a project, given by mistake, has such names, too."""
+    for name in ("builds/debug/a.o", "work/thesis/text", "weights/resnet/w", "a.incomplete-draft"):
+        storage.write_bytes(f"{memory}/{name}", b"important")
+        for path in (f"{memory}/{name}", f"{memory}/{os.path.dirname(name)}"):
+            os.utime(path, (1, 1))
+    (tmp_path / "work" / "00000000000000aa").symlink_to(tmp_path / "scores")
+    assert [left.path.removeprefix(f"{memory}/") for left in leftovers.find(memory, 0)] == LEFT
+
+
+def test_looking_for_leftovers_changes_nothing(memory):
+    before = [(file, os.stat(file.path).st_mtime_ns) for file in storage.walk(memory)]
+    leftovers.find(memory, 0)
+    assert [(file, os.stat(file.path).st_mtime_ns) for file in storage.walk(memory)] == before
+
+
+def test_errors_inside_the_block_are_not_about_the_lock(tmp_path):
+    with pytest.raises(OSError, match="^disk$"), storage.exclusive(str(tmp_path / "l"), "at it"):
+        raise OSError("disk")
+    assert os.listdir(tmp_path) == []
 
 
 def test_stores_without_folders_have_none(bucket, tmp_path):
@@ -86,8 +133,7 @@ def test_one_run_at_a_time(tmp_path, caplog):
         assert time.monotonic() - start > 0.5
         assert "another run is at it: waiting for it to end" in caplog.text
         assert process.wait(10) == 0
-        with storage.try_lock(path) as free:
-            assert not free
+        assert storage.is_locked(path)
     assert os.listdir(tmp_path / "a") == []
 
 
@@ -96,8 +142,10 @@ def test_the_lock_of_a_killed_run_is_free(tmp_path):
     process = holder(path, 60)
     process.kill()
     process.wait()
-    with storage.try_lock(path) as free:
-        assert free
+    assert not storage.is_locked(path)
+    with storage.exclusive(path, "at it"):
+        pass
+    assert os.listdir(tmp_path) == []
 
 
 def test_many_at_the_same_time(tmp_path):

@@ -504,17 +504,17 @@ def test_what_is_written_is_synced_with_its_folders(tmp_path, monkeypatch):
 
 def test_leftovers_by_age(tmp_path):
     storage.write_bytes(f"{tmp_path}/a/kept", b"x")
-    (tmp_path / "a" / "table.incomplete-1").write_text("12345")
-    (tmp_path / "index.incomplete-2").mkdir()
-    (tmp_path / "index.incomplete-2" / "part").write_text("123")
+    (tmp_path / "a" / "table.incomplete-000000000001").write_text("12345")
+    (tmp_path / "index.incomplete-000000000002").mkdir()
+    (tmp_path / "index.incomplete-000000000002" / "part").write_text("123")
     found = storage.leftovers(str(tmp_path))
     assert [(file.path.rpartition("/")[2], file.size) for file in found] == [
-        ("table.incomplete-1", 5),
-        ("index.incomplete-2", 3),
+        ("table.incomplete-000000000001", 5),
+        ("index.incomplete-000000000002", 3),
     ]
-    os.utime(tmp_path / "a" / "table.incomplete-1", (1, 1))
+    os.utime(tmp_path / "a" / "table.incomplete-000000000001", (1, 1))
     storage.remove_leftovers(str(tmp_path), seconds=3600)
-    assert not (tmp_path / "a" / "table.incomplete-1").exists()
+    assert not (tmp_path / "a" / "table.incomplete-000000000001").exists()
     storage.remove_leftovers(str(tmp_path))
     assert listed(str(tmp_path)) == ["/a/kept"]
 

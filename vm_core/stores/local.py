@@ -192,39 +192,49 @@ def _open_without_waiting(name: str, flags: int) -> int:
 
 
 @contextlib.contextmanager
-def locked(path: str, wait: bool, waiting: Callable[[], None] = lambda: None) -> Iterator[bool]:
-    """Holds a lock file during the block, which is gone afterwards; yields whether it does.
+def locked(path: str, waiting: Callable[[], None]) -> Iterator[None]:
+    """Holds a lock file during the block, which is gone afterwards.
 
-    The lock goes with the process that holds it, however that ends. wait: until it is free;
-    ``waiting`` is called before. A file system without locks lets everybody in.
+    The lock goes with the process that holds it, however that ends. waiting: is called if
+    somebody else holds it. A file system without locks lets everybody in.
     """
     name = _name(path)
     _make_folders(os.path.dirname(name))
     while True:
         descriptor = os.open(name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
-            free = _lock(descriptor, wait, waiting)
+            if not _try_lock(descriptor):
+                waiting()
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
             # Whoever held it has removed the file: the lock of a name that is gone is none.
-            if not free or _same_file(descriptor, name):
+            if _same_file(descriptor, name):
                 try:
-                    yield free
+                    yield
                 finally:
-                    if free:
-                        with contextlib.suppress(FileNotFoundError):
-                            os.remove(name)
+                    with contextlib.suppress(FileNotFoundError):
+                        os.remove(name)
                 return
         finally:
             os.close(descriptor)
 
 
-def _lock(descriptor: int, wait: bool, waiting: Callable[[], None]) -> bool:
+def is_locked(path: str) -> bool:
+    """Whether a process holds a lock file."""
+    try:
+        descriptor = os.open(_name(path), os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
+    try:
+        return not _try_lock(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _try_lock(descriptor: int) -> bool:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        if not wait:
-            return False
-        waiting()
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        return False
     except OSError as error:
         if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.EINVAL):
             raise
